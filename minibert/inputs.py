@@ -1,0 +1,129 @@
+"""What a model accepts: shapes, ranges and masks, checked once per call before anything is computed."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from minibert.config import BertConfig
+
+IGNORED = -100  # a label that takes no part in the loss, as in torch's cross_entropy
+
+
+def kernel_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask in the form that `attention` takes: None, or boolean or added scores that broadcast to (B, H, T, T)."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim == 2:
+        attention_mask = attention_mask.bool()
+        # Unmasked kernels are faster, and transformers chooses so too. A compiled graph cannot depend on values.
+        if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+            return None
+        return attention_mask[:, None, None, :]  # (B, T) -> (B, 1, 1, T)
+    if attention_mask.ndim == 3:
+        attention_mask = attention_mask[:, None]  # (B, T, T) -> (B, 1, T, T)
+    return attention_mask.to(dtype) if attention_mask.is_floating_point() else attention_mask.bool()
+
+
+def input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, ndim: int = 2) -> torch.Size:
+    """The leading sizes, (B, T), of whichever of the two inputs is given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    name, tensor = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    expected = ndim if inputs_embeds is None else ndim + 1
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.ndim != expected or 0 in tensor.shape:
+        raise ValueError(f"{name} must have {expected} dimensions, none of them 0; got shape {tuple(tensor.shape)}")
+    return tensor.shape[:ndim]
+
+
+def check_inputs(
+    config: BertConfig,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+) -> None:
+    """Raise ValueError for what would otherwise be an index error, a crash of the device or a silently wrong result."""
+    B, T = input_shape(input_ids, inputs_embeds)
+    if T > config.max_position_embeddings:
+        raise ValueError(f"input of {T} tokens: max_position_embeddings allows {config.max_position_embeddings}")
+    if inputs_embeds is not None and (
+        inputs_embeds.shape[2] != config.hidden_size or not inputs_embeds.is_floating_point()
+    ):
+        raise ValueError(
+            f"inputs_embeds must be floating point of shape {(B, T, config.hidden_size)}, "
+            f"got {inputs_embeds.dtype} {tuple(inputs_embeds.shape)}"
+        )
+    check_ids("input_ids", input_ids, [(B, T)], config.vocab_size)
+    check_ids("token_type_ids", token_type_ids, [(B, T), (1, T)], config.type_vocab_size)
+    check_ids("position_ids", position_ids, [(B, T), (1, T)], config.max_position_embeddings)
+    if attention_mask is not None:
+        _check_mask(attention_mask, B, config.num_attention_heads, T)
+    elif input_ids is not None:
+        _warn_of_padding(config, input_ids)
+
+
+def check_ids(
+    name: str, ids: Tensor | None, shapes: list[tuple[int, ...]], limit: int, ignored: int | None = None
+) -> None:
+    """Raise ValueError unless `ids` is None or whole numbers of one of `shapes`, from 0 to limit - 1 or `ignored`."""
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"{name} must be a tensor of whole numbers (torch.long), got {kind}")
+    if tuple(ids.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(ids.shape)}")
+    if torch.compiler.is_compiling() or ids.is_meta or ids.numel() == 0:
+        return  # a compiled graph cannot depend on values
+    valid = ids if ignored is None else torch.where(ids == ignored, 0, ids)
+    low, high = (int(bound) for bound in valid.aminmax())
+    if low < 0 or high >= limit:
+        also = "" if ignored is None else f", or {ignored} for none"
+        raise ValueError(f"{name} must be from 0 to {limit - 1}{also}; got {low if low < 0 else high}")
+
+
+def _check_mask(mask: Tensor, B: int, H: int, T: int) -> None:
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be a tensor of 0 and 1, got {kind}")
+    sizes = {2: [(B,), (T,)], 3: [(B, 1), (T, 1), (T,)], 4: [(B, 1), (H, 1), (T, 1), (T,)]}.get(mask.ndim)
+    if sizes is None or any(size not in allowed for size, allowed in zip(mask.shape, sizes, strict=True)):
+        raise ValueError(
+            f"attention_mask must have shape {(B, T)}, {(B, T, T)} or {(B, H, T, T)}, got {tuple(mask.shape)}"
+        )
+    if mask.ndim == 2 and mask.dtype != torch.bool and not torch.compiler.is_compiling() and not mask.is_meta:
+        low, high = (float(bound) for bound in mask.aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(f"a 2D attention_mask must hold 1 (token) and 0 (padding), got {low:g} to {high:g}")
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_padding(config: BertConfig, input_ids: Tensor) -> None:
+    """Once in a process: padding without a mask is attended to like text, the commonest mistake with BERT."""
+    if "padding" in _warned or config.pad_token_id is None or torch.compiler.is_compiling() or input_ids.is_meta:
+        return
+    if bool((input_ids == config.pad_token_id).any()):
+        _warned.add("padding")
+        warnings.warn(
+            f"input_ids contain the padding id {config.pad_token_id} but no attention_mask came with them: padding is "
+            "attended to like text. Pass the tokenizer's attention_mask.",
+            stacklevel=2,
+        )
+
+
+def check_targets(name: str, targets: Tensor, B: int, num_labels: int) -> None:
+    """Raise ValueError unless `targets` are floating-point numbers (B, num_labels), or (B,) for one label."""
+    shapes = [(B, num_labels)] + [(B,)] * (num_labels == 1)
+    if not targets.is_floating_point() or tuple(targets.shape) not in shapes:
+        raise ValueError(
+            f"{name} must be floating point of shape {' or '.join(map(str, shapes))}, "
+            f"got {targets.dtype} {tuple(targets.shape)}"
+        )
