@@ -1,0 +1,249 @@
+"""Where a checkpoint lives: a directory, a model bundled with the package, or the Hugging Face Hub and its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+_MODELS = Path(__file__).parent / "models"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# One checkpoint is one of these, in this order of preference; an index names the files it is split into.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(config.parent.name for config in _MODELS.glob("*/config.json"))
+
+
+def default_model() -> str:
+    """Path of the bundled model that is used when none is named.
+
+    Raises ValueError if the package carries none.
+    """
+    names = bundled_models()
+    if not names:
+        raise ValueError("no model is bundled with minibert: pass the name of one on the Hub, or a directory")
+    return str(_MODELS / names[0])
+
+
+def fetch(name_or_path: str | os.PathLike, filename: str, **where: Any) -> Path | None:
+    """Local path of one file of a model, downloaded if need be; None when the model has no such file.
+
+    `where` is the keyword arguments of `Source`, which lists the errors.
+    """
+    return Source(name_or_path, **where).file(filename)
+
+
+def fetch_weights(name_or_path: str | os.PathLike, **where: Any) -> list[Path]:
+    """Local paths of the files that hold the weights of a model, in one format (see `Source.weights`)."""
+    return Source(name_or_path, **where).weights()
+
+
+class Source:
+    """The files of one model. After the first file from the Hub, all others are taken from the same commit.
+
+    Args:
+        name_or_path: a directory, else the name of a bundled model, else a name on the Hub ("bert-base-uncased").
+        revision: branch, tag or commit on the Hub; default the main branch. A full commit hash or an offline load
+            (`local_files_only`, HF_HUB_OFFLINE) of what the cache holds makes no request at all.
+        cache_dir: instead of the cache that HF_HOME or HF_HUB_CACHE name.
+        token: for private and gated models: a token, True to insist on the stored one, False for none.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        FileNotFoundError: no such directory, model or revision, or offline and not in the cache.
+        PermissionError: the model is gated or private and the token does not open it.
+        ConnectionError: the Hub cannot be reached and the cache does not hold the file.
+        OSError: what was downloaded is damaged.
+        ValueError, TypeError: the name cannot be one.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ):
+        self.directory = _directory(name_or_path)
+        self.name = str(name_or_path)
+        self.revision = revision
+        self.cache_dir = cache_dir
+        self.local_files_only = local_files_only
+        self.token = token
+
+    def file(self, filename: str) -> Path | None:
+        """Local path of one file, None if the model has no such file. Offline, what is not cached does not exist."""
+        _check_relative(filename, "filename")
+        if self.directory is not None:
+            path = self.directory / filename
+            return path if path.is_file() else None
+        path = self._from_hub(filename)
+        if path is not None:
+            self.revision = path.parents[len(PurePosixPath(filename).parts) - 1].name  # .../snapshots/<commit>/<file>
+        return path
+
+    def weights(self) -> list[Path]:
+        """The files of one weight format: safetensors if there are any, else PyTorch's .bin; never both.
+
+        Raises FileNotFoundError if there are none or a shard is missing; ValueError if an index names a file
+        outside of the model.
+        """
+        for filename in WEIGHTS:
+            path = self.file(filename)
+            if path is None:
+                continue
+            if not filename.endswith(".json"):
+                return [path]
+            shards = {shard: self.file(shard) for shard in _shards(path)}
+            missing = [shard for shard, found in shards.items() if found is None]
+            if missing:
+                raise FileNotFoundError(f"{path} names files that {self.name} does not have: {', '.join(missing)}")
+            return [found for found in shards.values() if found is not None]
+        there = "" if self.directory is None else f"; it holds {sorted(os.listdir(self.directory))[:20]}"
+        raise FileNotFoundError(f"{self.name} has no weights: looked for {', '.join(WEIGHTS)}{there}")
+
+    def _from_hub(self, filename: str) -> Path | None:
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+
+        def in_cache(name: str) -> Any:  # a path, None, or a marker: known not to exist
+            return try_to_load_from_cache(self.name, name, cache_dir=self.cache_dir, revision=self.revision)
+
+        offline = self.local_files_only or constants.HF_HUB_OFFLINE
+        try:
+            cached = in_cache(filename)
+        except HFValidationError as error:
+            raise ValueError(f"{self.name!r} is no directory and cannot be a name on the Hub: {error}") from None
+        if isinstance(cached, str) and (offline or _COMMIT.fullmatch(self.revision or "")):
+            return Path(cached)
+        if cached is not None and not isinstance(cached, str) and (offline or _COMMIT.fullmatch(self.revision or "")):
+            return None
+        if offline:
+            if filename != "config.json" and isinstance(in_cache("config.json"), str):
+                return None
+            raise FileNotFoundError(
+                f"{self._described()} is not in the cache, and minibert is offline (local_files_only or HF_HUB_OFFLINE)"
+            )
+        try:
+            path = hf_hub_download(
+                self.name,
+                filename,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                library_name="minibert",
+            )
+        except RemoteEntryNotFoundError:
+            return None
+        except Exception as error:
+            raise self._explained(error, filename) from error
+        if path != cached:
+            _verify(Path(path), self._described())
+        return Path(path)
+
+    def _described(self) -> str:
+        return f"{self.name!r}" + (f" at revision {self.revision!r}" if self.revision else "")
+
+    def _explained(self, error: Exception, filename: str) -> Exception:
+        """What a failure of huggingface_hub means to the user."""
+        from huggingface_hub import constants, errors
+
+        what = f"{self._described()} ({filename})"
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.GatedRepoError):
+            return PermissionError(
+                f"{what} is gated: ask for access on its page at {constants.ENDPOINT}, then pass token=... or log in "
+                "with `hf auth login`"
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return FileNotFoundError(
+                f"{self.name!r} is neither a directory here nor a model at {constants.ENDPOINT} (if it is private, "
+                "pass token=... or log in with `hf auth login`)"
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return FileNotFoundError(f"{self.name!r} has no revision {self.revision!r}")
+        if status in (401, 403):
+            return PermissionError(f"{what}: the Hub refused access (HTTP {status}); check the token")
+        if isinstance(error, (errors.LocalEntryNotFoundError, errors.HfHubHTTPError)) or not isinstance(error, OSError):
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {cause}".strip().splitlines()
+            return ConnectionError(
+                f"{what} could not be fetched from {constants.ENDPOINT} and is not in the cache "
+                f"({' '.join(line.strip() for line in reason if line.strip())})"
+            )
+        return OSError(f"{what} could not be downloaded: {error}")
+
+
+def _directory(name_or_path: str | os.PathLike) -> Path | None:
+    """The directory that a name means, None if it must be a name on the Hub."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"name_or_path={name_or_path!r}: must be a string or a path")
+    name = os.fspath(name_or_path)
+    if not name:
+        raise ValueError("name_or_path is empty: must be a directory, or the name of a model")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path} is a file: pass the directory that holds config.json and the weights")
+    if name in bundled_models():
+        return _MODELS / name
+    if not isinstance(name_or_path, str) or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        raise FileNotFoundError(f"no such directory: {path}")
+    return None
+
+
+def _check_relative(filename: str, what: str) -> None:
+    """Refuse a file name that leads out of the model's directory, on any operating system."""
+    windows = PureWindowsPath(filename)
+    if not filename or windows.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise ValueError(f"{what}: {filename!r} must be a file inside the model")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that a checkpoint's index names."""
+    try:
+        files = json.loads(index.read_bytes())["weight_map"].values()
+        names = sorted(set(files))
+        for name in names:
+            _check_relative(name, str(index))
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f'{index} is no index of weights {{"weight_map": {{tensor: file}}}}: {error!r}') from None
+    return names
+
+
+def _verify(path: Path, what: str) -> None:
+    """Compare a fresh download with the hash the Hub gave for it, which the cache uses as the name of the file's blob.
+
+    It is the SHA-256 of large files and git's SHA-1 of small ones (some mirrors: the plain SHA-1). huggingface_hub
+    itself compares only the size. A damaged file is removed, so that the next attempt starts afresh.
+    """
+    blob = path.resolve()
+    digests: dict[int, list[Callable[[], Any]]] = {
+        64: [hashlib.sha256],
+        40: [lambda: hashlib.sha1(f"blob {blob.stat().st_size}\0".encode()), hashlib.sha1],
+    }
+    expected = blob.name
+    if not path.is_symlink() or not re.fullmatch(r"[0-9a-f]+", expected) or len(expected) not in digests:
+        return  # the cache has no symbolic links here, or the server's tag is no hash
+    if all(_digest(blob, new()) != expected for new in digests[len(expected)]):
+        path.unlink()
+        blob.unlink()
+        raise OSError(f"{what}: {path.name} arrived damaged (its hash is not {expected}) and was deleted; try again")
+
+
+def _digest(path: Path, digest: Any) -> str:
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
