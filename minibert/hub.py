@@ -6,12 +6,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 _MODELS = Path(__file__).parent / "models"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SAVED = ".saved"  # in a model's directory: a whole set of files that are taking their places
+_LIST = "files.json"  # in there: their names, and those that they make stale
 
 # One checkpoint is one of these, in this order of preference; an index names the files it is split into.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -75,6 +81,8 @@ class Source:
         token: str | bool | None = None,
     ):
         self.directory = _directory(name_or_path)
+        if self.directory is not None:
+            _put_in_place(self.directory)
         self.name = str(name_or_path)
         self.revision = revision
         self.cache_dir = cache_dir
@@ -247,3 +255,73 @@ def _digest(path: Path, digest: Any) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextmanager
+def replacing(directory: str | os.PathLike, stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+    """Write files of a model all or none: a crash at any moment leaves the old set or the new one.
+
+    Yields an empty directory to write the files into, on the same file system. When the block ends, they are forced
+    to disk, and one renaming of that directory makes the set count; then the files are moved to `directory`, one
+    renaming each. If that is interrupted, it is completed when the directory is next opened or written. If the block
+    fails, nothing has changed.
+
+    Args:
+        stale: says which other files of `directory`, by name, the new ones supersede.
+
+    Raises NotADirectoryError if `directory` is a file; OSError if it cannot be written.
+    """
+    directory = Path(directory).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file: pass a directory to save in")
+    is_new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    _put_in_place(directory)
+    for left in directory.glob(".saving-*"):  # by a process that was killed
+        if left.stat().st_mtime < time.time() - 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        yield staging
+        names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+        old = sorted(name for name in os.listdir(directory) if name not in names and stale(name))
+        (staging / _LIST).write_text(json.dumps({"files": names, "stale": old}), encoding="utf-8")
+        for path in [*staging.rglob("*"), staging]:
+            _sync(path)
+        os.rename(staging, directory / _SAVED)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # not empty: someone else has written there
+                directory.rmdir()
+        raise
+    _put_in_place(directory)
+
+
+def _put_in_place(directory: Path) -> None:
+    """Move a whole set of saved files to their places; does nothing when there is none, may run twice at once."""
+    saved = directory / _SAVED
+    if not saved.is_dir():
+        return
+    with suppress(FileNotFoundError):  # another process is as far as that, or further
+        _sync(directory)
+        listed = json.loads((saved / _LIST).read_text(encoding="utf-8"))
+        for name in listed["files"]:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                os.replace(saved / name, directory / name)
+        for name in listed["stale"]:
+            (directory / name).unlink(missing_ok=True)
+        _sync(directory)
+        shutil.rmtree(saved, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file's or a directory's content to disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # a directory cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,434 @@
+"""Tensors on disk: read, rename, compare with what a model needs, report, write.
+
+Reading never runs code, and results do not depend on how a file is laid out: what stays memory-mapped lies at a
+multiple of 64 bytes, as torch's own memory does, and everything else is copied to such an address (kernels may round
+differently elsewhere).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes; that of memory from torch's CPU allocator
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CHUNK = 16 << 20  # bytes that one thread reads at a time
+
+# safetensors' names of the types that occur in BERT checkpoints
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+
+# From names in files to names in models. Wrappers (DistributedDataParallel, torch.compile) put a prefix on all names;
+_WRAPPERS = ("module.", "_orig_mod.")
+# the first checkpoints call the parameters of a LayerNorm as TensorFlow does;
+_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# models with a head hold the encoder under a prefix ("bert."), a bare BertModel has its parts at the top;
+_ENCODER_PARTS = ("embeddings.", "encoder.", "pooler.")
+# and these are no parameters: older versions stored them, models compute them.
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+# What a file may hold beyond what one class uses: the parts that other BERT classes have
+_OTHER_HEADS = ("cls.", "classifier.", "qa_outputs.", "pooler.", "bert.pooler.")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file: at `offset` in a safetensors file, or in memory, after a .bin file has been read."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype | str  # a string where torch or minibert does not know the type
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int = 0
+    in_memory: Tensor | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the tensor's bytes as stored, little-endian and in row-major order."""
+        return hashlib.sha256(_bytes(read([self])[0])).hexdigest()
+
+
+def open_files(paths: Iterable[Path]) -> dict[str, Stored]:
+    """The tensors of one checkpoint's files, by name in the file. The data of safetensors files is not read yet.
+
+    Raises ValueError naming the file if it is damaged, holds anything but tensors, or repeats a name; OSError if it
+    cannot be opened.
+    """
+    tensors: dict[str, Stored] = {}
+    for path in paths:
+        for stored in _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path):
+            if stored.name in tensors:
+                raise ValueError(f"{stored.name} is in both {tensors[stored.name].file} and {path}")
+            tensors[stored.name] = stored
+    return tensors
+
+
+def _open_safetensors(path: Path) -> list[Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):  # checks the whole header: sizes, overlaps, gaps, range
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        size = path.stat().st_size
+        return [_locate(path, name, entry, 8 + length, size) for name, entry in header.items()]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
+
+
+def _locate(path: Path, name: str, entry: dict[str, Any], start: int, size: int) -> Stored:
+    begin, end = entry["data_offsets"]
+    dtype = _DTYPES.get(entry["dtype"], entry["dtype"])
+    shape = tuple(entry["shape"])
+    wrong_size = isinstance(dtype, torch.dtype) and math.prod(shape) * dtype.itemsize != end - begin
+    if wrong_size or not 0 <= begin <= end <= size - start:
+        raise ValueError(f"{name} {shape} cannot lie at bytes {begin} to {end}")
+    return Stored(path, name, dtype, shape, end - begin, start + begin)
+
+
+def _open_pickle(path: Path) -> list[Stored]:
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch on storage types that old files use
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise ValueError(
+                f"{path} holds more than tensors, and such a pickle can run any code when it is opened; minibert does "
+                f"not open it ({_first_line(error)}). If you trust it, load it with torch.load(..., "
+                "weights_only=False) and save its tensors with safetensors.torch.save_file"
+            ) from None
+        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(error)}") from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]  # as training scripts save it, beside their own state
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not the tensors of a model by name")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, not a dense tensor")
+    return [
+        Stored(path, name, tensor.dtype, tuple(tensor.shape), tensor.nbytes, in_memory=tensor.detach())
+        for name, tensor in content.items()
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+
+
+def read(tensors: Collection[Stored]) -> list[Tensor]:
+    """The data of tensors, each at a multiple of 64 bytes: mapped from the file where it lies so, else copied.
+
+    Raises ValueError naming file and tensor for a type that torch or minibert does not know; OSError if the file
+    cannot be read.
+    """
+    for stored in tensors:
+        if not isinstance(stored.dtype, torch.dtype):
+            raise ValueError(f"{stored.file}: {stored.name} is of type {stored.dtype}, which minibert does not read")
+    results: dict[int, Tensor] = {}
+    copied: list[tuple[int, Stored]] = []
+    maps: dict[Path, mmap.mmap] = {}
+    for index, stored in enumerate(tensors):
+        if stored.in_memory is not None:
+            results[index] = _aligned(stored.in_memory)
+        elif stored.offset % ALIGNMENT or not stored.nbytes:
+            copied.append((index, stored))
+        else:
+            if stored.file not in maps:
+                with open(stored.file, "rb") as file:
+                    # A private copy: pages that are written to (training) are copied, the file never changes
+                    maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            results[index] = _view(np.frombuffer(maps[stored.file], np.uint8, stored.nbytes, stored.offset), stored)
+    results.update(zip([index for index, _ in copied], _copy([stored for _, stored in copied]), strict=True))
+    return [results[index] for index in range(len(results))]
+
+
+def _copy(tensors: list[Stored]) -> list[Tensor]:
+    """Read tensors into one fresh piece of memory. Each has a storage of its own, with a reference to the whole."""
+    starts = np.cumsum([0] + [-(-stored.nbytes // ALIGNMENT) * ALIGNMENT for stored in tensors])
+    # NumPy asks for huge pages, which halves the time: most of it goes into touching new memory
+    memory = np.empty(int(starts[-1]) + ALIGNMENT, np.uint8)
+    memory = memory[-memory.ctypes.data % ALIGNMENT :]
+    places = [memory[start : start + stored.nbytes] for start, stored in zip(starts.tolist(), tensors, strict=False)]
+    jobs = [
+        (stored.file, stored.offset + begin, place[begin : begin + _CHUNK])
+        for stored, place in zip(tensors, places, strict=True)
+        for begin in range(0, stored.nbytes, _CHUNK)
+    ]
+    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
+        list(pool.map(_read_into, jobs))
+    return [_view(place, stored) for place, stored in zip(places, tensors, strict=True)]
+
+
+def _read_into(job: tuple[Path, int, np.ndarray]) -> None:
+    path, offset, place = job
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while place.size:
+            count = file.readinto(place)
+            if not count:
+                raise OSError(f"{path} ended while it was read: another process has changed it")
+            place = place[count:]
+
+
+def _view(data: np.ndarray, stored: Stored) -> Tensor:
+    if not stored.nbytes:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    return torch.from_numpy(data).view(stored.dtype).view(stored.shape)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def same_bytes(a: Stored, b: Stored) -> bool:
+    """Whether two tensors are equal to the bit, NaNs included."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    first, second = read([a, b])
+    return first.data_ptr() == second.data_ptr() or np.array_equal(_bytes(first), _bytes(second))
+
+
+def rename(name: str, prefix: str) -> str:
+    """The name in a model whose encoder is under `prefix` ("bert." or "") of a tensor that a file calls `name`."""
+    while name.startswith(_WRAPPERS):
+        name = name.split(".", 1)[1]
+    for old, new in _SUFFIXES.items():
+        if name == old or name.endswith("." + old):
+            name = name[: -len(old)] + new
+    part = name.removeprefix("bert.")
+    return prefix + part if part.startswith(_ENCODER_PARTS) else name
+
+
+def rename_all(names: Iterable[str], prefix: str) -> dict[str, str]:
+    """From names in a model to names in the file, one to one.
+
+    Raises ValueError if two tensors of the file are the same parameter.
+    """
+    sources: dict[str, str] = {}
+    for name in names:
+        if (other := sources.setdefault(rename(name, prefix), name)) != name:
+            raise ValueError(f"{other} and {name} are the same parameter, {rename(name, prefix)}")
+    return sources
+
+
+def shards(tensors: Mapping[str, Tensor], max_size: int) -> dict[str, list[str]]:
+    """Which tensors go into which file, in order: one file if they fit, else model-00001-of-00002.safetensors ...
+
+    A tensor larger than `max_size` bytes has a file of its own.
+    """
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > max_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file's name is one that `write` gives."""
+    return bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json", name))
+
+
+def write(directory: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> None:
+    """Write tensors to safetensors files, with an index if there is more than one.
+
+    Raises ValueError for a size that cannot be understood.
+    """
+    files = shards(tensors, as_bytes(max_shard_size))
+    for file, names in files.items():
+        write_file(directory / file, {name: tensors[name] for name in names})
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file whose tensors can stay memory-mapped.
+
+    safetensors' own writer lets the data start at any multiple of 8 bytes and sorts it by name. Here it starts at a
+    multiple of 64, and the few tensors whose size is not one come last, so that all but those lie aligned.
+    """
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    ordered = sorted(tensors, key=lambda name: tensors[name].nbytes % ALIGNMENT != 0)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    end = 0
+    for name in ordered:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            file.write(_bytes(tensors[name].detach().cpu()))
+
+
+def as_bytes(size: int | str) -> int:
+    """A size in bytes, also written as "500MB" or "5GB" (powers of 1000).
+
+    Raises ValueError for anything else.
+    """
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B|)", str(size).strip().upper())
+    if isinstance(size, bool) or not match or not (number := int(float(match[1]) * units[match[2]])):
+        raise ValueError(f"max_shard_size={size!r}: must be a number of bytes, or a string such as '500MB' or '5GB'")
+    return number
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one tensor. `status` is one of:
+
+    loaded; renamed (its name in the file is `source`); tied alias (the same parameter as another, stored or not);
+    expected extra (of another BERT class, or a buffer that is computed); unexpected; newly initialised; missing.
+    """
+
+    name: str
+    status: str
+    shape: tuple[int, ...]
+    stored: Stored | None = None
+
+    @property
+    def source(self) -> str | None:
+        return None if self.stored is None else self.stored.name
+
+    @property
+    def dtype(self) -> torch.dtype | str | None:
+        return None if self.stored is None else self.stored.dtype
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the bytes in the file, which is read for it."""
+        return None if self.stored is None else self.stored.sha256
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor of a model and of its files.
+
+    `report["missing_keys"]`, "unexpected_keys", "mismatched_keys" and "error_msgs" are as in transformers.
+    """
+
+    tensors: tuple[TensorReport, ...]
+
+    def named(self, *statuses: str) -> list[str]:
+        """Names of the tensors with one of the given statuses."""
+        return [tensor.name for tensor in self.tensors if tensor.status in statuses]
+
+    def __getitem__(self, key: str) -> list[str]:
+        lists = {
+            "missing_keys": self.named("newly initialised", "missing"),
+            "unexpected_keys": self.named("expected extra", "unexpected"),
+            "mismatched_keys": [],  # an error here
+            "error_msgs": [],
+        }
+        return lists[key]
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """The manifest, ready for JSON; reads the files for the hashes."""
+        return [
+            {
+                "name": tensor.name,
+                "status": tensor.status,
+                "source": tensor.source,
+                "file": None if tensor.stored is None else tensor.stored.file.name,
+                "shape": list(tensor.shape),
+                "dtype": None if tensor.dtype is None else str(tensor.dtype).removeprefix("torch."),
+                "sha256": tensor.sha256,
+            }
+            for tensor in self.tensors
+        ]
+
+
+def compare(
+    stored: Mapping[str, Stored],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    tied: Mapping[str, str],
+    new_heads: Collection[str],
+    prefix: str,
+) -> LoadReport:
+    """Match the tensors of a checkpoint with the parameters of a model.
+
+    Args:
+        shapes: of the model's state dict.
+        tied: alias -> owner, names in the model.
+        new_heads: beginnings of names; a head that is wholly absent may be newly initialised.
+        prefix: of the encoder in the model.
+
+    Raises ValueError listing every tensor of the wrong shape or type; every tie that the file contradicts.
+    """
+    sources = rename_all(stored, prefix)
+    reports = {}
+    for alias, owner in tied.items():
+        if alias in sources and owner not in sources:
+            sources[owner] = sources.pop(alias)
+        elif alias in sources and not same_bytes(stored[sources[alias]], stored[sources[owner]]):
+            raise ValueError(
+                f"{stored[sources[alias]].file}: {sources[alias]} differs from {sources[owner]}, but in BERT they are "
+                "one parameter"
+            )
+        if alias in shapes:
+            there = stored[sources.pop(alias)] if alias in sources else None
+            reports[alias] = TensorReport(alias, "tied alias", shapes[alias], there)
+    wrong = []
+    for name, shape in shapes.items():
+        if name in reports:
+            continue
+        if name not in sources:
+            reports[name] = TensorReport(name, "missing", shape)
+            continue
+        found = stored[sources[name]]
+        reports[name] = TensorReport(name, "loaded" if found.name == name else "renamed", shape, found)
+        if found.shape != shape or found.dtype not in WEIGHT_DTYPES:
+            wrong.append(f"{found.name} is {found.shape} of {found.dtype} in {found.file.name}, the model has {shape}")
+    if wrong:
+        raise ValueError("the checkpoint does not fit the config: " + "; ".join(wrong))
+    absent = {head for head in new_heads if not any(name.startswith(head) and name in sources for name in shapes)}
+    for name, report in reports.items():
+        if report.status == "missing" and name.startswith(tuple(absent)):
+            reports[name] = TensorReport(name, "newly initialised", report.shape)
+    for name, source in sources.items():
+        if name not in reports:
+            extra = name.startswith(_OTHER_HEADS) or name.endswith(_BUFFERS)
+            status = "expected extra" if extra else "unexpected"
+            reports[name] = TensorReport(name, status, stored[source].shape, stored[source])
+    return LoadReport(tuple(reports.values()))

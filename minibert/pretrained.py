@@ -1,0 +1,169 @@
+"""from_pretrained and save_pretrained, shared by all models."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+from dataclasses import fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from minibert import checkpoint, hub
+from minibert.checkpoint import LoadReport
+from minibert.config import BertConfig
+
+logger = logging.getLogger("minibert")
+
+T = TypeVar("T", bound="Pretrained")
+
+
+class Pretrained:
+    """Loading and saving for an nn.Module with a `config` and the attributes below."""
+
+    config_class: ClassVar[type[BertConfig]]
+    base_model_prefix: ClassVar[str]
+    tied_weights: ClassVar[dict[str, str]]
+    new_heads: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        name_or_path: str | os.PathLike,
+        *,
+        config: BertConfig | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        output_loading_info: bool = False,
+        **changes: Any,
+    ) -> T | tuple[T, LoadReport]:
+        """Load a model, in eval mode.
+
+        Args:
+            name_or_path: a directory, a bundled model, or a name on the Hub; `revision`, `cache_dir`,
+                `local_files_only` and `token` are explained at `minibert.hub.Source`, with the errors.
+            config: instead of the one beside the weights.
+            dtype: of the parameters; default that of the file.
+            device: where the parameters go; default the CPU.
+            output_loading_info: return (model, report), the report saying what became of every tensor.
+            **changes: fields of the config (`num_labels=3`), or further arguments of the class
+                (`add_pooling_layer=False`).
+
+        Raises:
+            ValueError: the config or the weights are damaged, contradict each other, or lack a tensor.
+            TypeError: an argument that the class does not have.
+        """
+        source = hub.Source(
+            name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+        )
+        options = {name: changes.pop(name) for name in _options(cls) if name in changes}
+        if config is None:
+            config = _load_config(cls.config_class, source, changes)
+        elif changes:
+            raise TypeError(f"give either config or its fields ({', '.join(changes)}), not both")
+        dtype = as_dtype(dtype)
+        stored = checkpoint.open_files(source.weights())
+        # On the meta device nothing is allocated or initialised: parameters take the place of empty ones
+        with torch.device("meta"):
+            model = cls(config, **options)
+        report = model._compare(stored, source.name)
+        model._fill(report, dtype, torch.device(device or "cpu"))
+        _notify(cls.__name__, source.name, report)
+        return (model.eval(), report) if output_loading_info else model.eval()
+
+    def _compare(self, stored: dict[str, checkpoint.Stored], name: str) -> LoadReport:
+        """Match what is stored with the parameters. Raises ValueError listing all that is missing."""
+        report = checkpoint.compare(
+            stored,
+            {key: tuple(value.shape) for key, value in self.state_dict().items()},
+            tied=self.tied_weights,
+            new_heads=self.new_heads,
+            prefix=f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else "",
+        )
+        missing = report.named("missing")
+        if missing:
+            hint = ""
+            if all(key.removeprefix("bert.").startswith("pooler.") for key in missing):
+                hint = "; if you do not need pooler_output, load with add_pooling_layer=False"
+            raise ValueError(f"{name} lacks weights of {type(self).__name__}: {', '.join(missing)}{hint}")
+        return report
+
+    def _fill(self, report: LoadReport, dtype: torch.dtype | None, device: torch.device) -> None:
+        """Put the stored tensors in the place of the empty ones, tie, and initialise new heads."""
+        loaded = [tensor for tensor in report.tensors if tensor.status in ("loaded", "renamed")]
+        stored = [tensor.stored for tensor in loaded]
+        if dtype is None:  # a file of several types becomes what holds them all
+            dtype = stored[0].dtype
+            for other in {tensor.dtype for tensor in stored}:
+                dtype = torch.promote_types(dtype, other)
+        if device.type == "cpu" and all(tensor.dtype == dtype for tensor in stored):
+            data = checkpoint.read(stored)
+        else:  # one by one, so that at most one tensor is there twice
+            data = [checkpoint.read([tensor])[0].to(device, dtype) for tensor in stored]
+        state = {tensor.name: value for tensor, value in zip(loaded, data, strict=True)}
+        new = report.named("newly initialised")
+        for key in new:
+            state[key] = torch.empty(self.get_parameter(key).shape, dtype=dtype, device=device)
+        self.load_state_dict(state, strict=False, assign=True)
+        self.tie_weights()
+        for module in {key.rpartition(".")[0]: None for key in new}:
+            self._init_weights(self.get_submodule(module))
+
+    def save_pretrained(self, directory: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
+        """Write config.json and model.safetensors (above a size: several files and an index), whole or not at all.
+
+        What was in the directory stays until all is on disk; other files there stay for good. A tied parameter is
+        stored once. transformers and sentence-transformers open the result.
+
+        Raises NotADirectoryError if `directory` is a file; OSError if it cannot be written, and then nothing has
+        changed; ValueError for a size that cannot be understood.
+        """
+        config = {**self.config.to_dict(), "architectures": [type(self).__name__]}
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if name not in self.tied_weights}
+        config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        with hub.replacing(directory, stale=checkpoint.is_shard) as staging:
+            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            checkpoint.write(staging, tensors, max_shard_size)
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point type by its torch or short name ("bfloat16", "bf16"); None stays None."""
+    if dtype is None or dtype == "auto":
+        return None
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+    names.update({str(known).removeprefix("torch."): known for known in checkpoint.WEIGHT_DTYPES})
+    found = names.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in checkpoint.WEIGHT_DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be None or one of {', '.join(names)}")
+    return found
+
+
+def _options(cls: type) -> list[str]:
+    """Arguments of a class beside the config."""
+    return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "config")]
+
+
+def _load_config(config_class: type[BertConfig], source: hub.Source, changes: dict[str, Any]) -> BertConfig:
+    known = [field.name for field in fields(config_class)]
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise TypeError(f"from_pretrained takes no argument {', '.join(unknown)} (nor is it a field of the config)")
+    path = source.file("config.json")
+    if path is None:
+        raise ValueError(f"{source.name} has no config.json, which says what model its weights are for")
+    return config_class.from_pretrained(path.parent, **changes)
+
+
+def _notify(model: str, name: str, report: LoadReport) -> None:
+    """At most one line each about a new head and about tensors that no BERT class knows."""
+    if new := report.named("newly initialised"):
+        logger.warning("%s from %s: %s start untrained; train them before use", model, name, ", ".join(new))
+    if unexpected := report.named("unexpected"):
+        shown = ", ".join(unexpected[:5]) + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
+        logger.warning("%s from %s: not used, and of no BERT class: %s", model, name, shown)
