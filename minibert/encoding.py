@@ -240,8 +240,9 @@ class Request:
 
     def batch_encoding(self, names: Sequence[str], pad: Padding, tensors: str | None) -> BatchEncoding:
         """Encode and pad; `names` are the columns wanted. Following the text's offsets costs time, so it waits."""
-        # Who splits text into words will ask for word_ids
-        with_offsets = "offset_mapping" in names or self.is_split_into_words
+        # Who splits text into words will ask for word_ids; and without offsets, tokenizers 0.23 gives rows cut off from
+        # a second text the type of the first
+        with_offsets = "offset_mapping" in names or self.is_split_into_words or self.overflow
         encodings, samples = self.encode(with_offsets)
         columns = {name: [getattr(row, ATTRIBUTES[name]) for row in encodings] for name in names if name in ATTRIBUTES}
         length = pad.length(columns["input_ids"])
