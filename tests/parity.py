@@ -31,9 +31,13 @@ HEADS = [
 
 
 def realign(model: nn.Module) -> nn.Module:
-    """Copy each parameter into fresh memory: rounding of one-row products depends on alignment, on either side."""
+    """Copy each parameter into fresh memory, row after row.
+
+    Products with one row or one column round differently with the weight's alignment and layout: transformers leaves a
+    memory-mapped weight at any 8-byte offset, and a weight that TensorFlow once wrote transposed column by column.
+    """
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return model
 
 
