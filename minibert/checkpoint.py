@@ -113,14 +113,15 @@ def _open_pickle(path: Path) -> list[Stored]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except MemoryError:
         raise
-    except Exception as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+    except Exception as error:  # of any type: a damaged pickle can make torch do anything but run code
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{path} holds more than tensors, and such a pickle can run any code when it is opened; minibert does "
-                f"not open it ({_first_line(error)}). If you trust it, load it with torch.load(..., "
-                "weights_only=False) and save its tensors with safetensors.torch.save_file"
+                f"{path} asks for {unsafe[1]}, and a pickle that holds more than tensors can run any code; it was not "
+                "opened. If you trust it: torch.load(path, weights_only=False), and save what it holds with "
+                "safetensors.torch.save_file"
             ) from None
-        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(error)}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {reason}") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]  # as training scripts save it, beside their own state
     if not isinstance(content, Mapping):
@@ -132,10 +133,6 @@ def _open_pickle(path: Path) -> list[Stored]:
         Stored(path, name, tensor.dtype, tuple(tensor.shape), tensor.nbytes, in_memory=tensor.detach())
         for name, tensor in content.items()
     ]
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
 def read(tensors: Collection[Stored]) -> list[Tensor]:

@@ -39,6 +39,19 @@ def default_model() -> str:
     return str(_MODELS / names[0])
 
 
+def is_reachable(seconds: float = 5.0) -> bool:
+    """Whether the Hub answers now; one request, and none when huggingface_hub is told to be offline."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception:  # of whichever HTTP library huggingface_hub uses
+        return False
+    return True
+
+
 def fetch(name_or_path: str | os.PathLike, filename: str, **where: Any) -> Path | None:
     """Local path of one file of a model, downloaded if need be; None when the model has no such file.
 
@@ -132,10 +145,8 @@ class Source:
             cached = in_cache(filename)
         except HFValidationError as error:
             raise ValueError(f"{self.name!r} is no directory and cannot be a name on the Hub: {error}") from None
-        if isinstance(cached, str) and (offline or _COMMIT.fullmatch(self.revision or "")):
-            return Path(cached)
-        if cached is not None and not isinstance(cached, str) and (offline or _COMMIT.fullmatch(self.revision or "")):
-            return None
+        if cached is not None and (offline or _COMMIT.fullmatch(self.revision or "")):
+            return Path(cached) if isinstance(cached, str) else None
         if offline:
             if filename != "config.json" and isinstance(in_cache("config.json"), str):
                 return None
@@ -303,8 +314,8 @@ def _put_in_place(directory: Path) -> None:
     saved = directory / _SAVED
     if not saved.is_dir():
         return
-    with suppress(FileNotFoundError):  # another process is as far as that, or further
-        _sync(directory)
+    _sync(directory)
+    with suppress(FileNotFoundError):  # no list: all has been done, perhaps by another process just now
         listed = json.loads((saved / _LIST).read_text(encoding="utf-8"))
         for name in listed["files"]:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -313,7 +324,8 @@ def _put_in_place(directory: Path) -> None:
         for name in listed["stale"]:
             (directory / name).unlink(missing_ok=True)
         _sync(directory)
-        shutil.rmtree(saved, ignore_errors=True)
+        (saved / _LIST).unlink()
+    shutil.rmtree(saved, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

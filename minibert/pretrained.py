@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from minibert import checkpoint, hub
 from minibert.checkpoint import LoadReport
@@ -69,9 +70,8 @@ class Pretrained:
             raise TypeError(f"give either config or its fields ({', '.join(changes)}), not both")
         dtype = as_dtype(dtype)
         stored = checkpoint.open_files(source.weights())
-        # On the meta device nothing is allocated or initialised: parameters take the place of empty ones
-        with torch.device("meta"):
-            model = cls(config, **options)
+        with torch.device("meta"), _Uninitialised():
+            model = cls(config, **options)  # has sizes, but no memory; what is read takes the place of its parameters
         report = model._compare(stored, source.name)
         model._fill(report, dtype, torch.device(device or "cpu"))
         _notify(cls.__name__, source.name, report)
@@ -89,7 +89,7 @@ class Pretrained:
         missing = report.named("missing")
         if missing:
             hint = ""
-            if all(key.removeprefix("bert.").startswith("pooler.") for key in missing):
+            if "add_pooling_layer" in _options(type(self)) and all(key.startswith("pooler.") for key in missing):
                 hint = "; if you do not need pooler_output, load with add_pooling_layer=False"
             raise ValueError(f"{name} lacks weights of {type(self).__name__}: {', '.join(missing)}{hint}")
         return report
@@ -130,6 +130,20 @@ class Pretrained:
         with hub.replacing(directory, stale=checkpoint.is_shard) as staging:
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             checkpoint.write(staging, tensors, max_shard_size)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Makes operations in place, which is how parameters are initialised, do nothing.
+
+    On the meta device they would compute nothing either, but some are written in Python there, in modules of torch
+    whose import takes longer than everything else here.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.startswith("_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
