@@ -222,6 +222,7 @@ def test_environment(tmp_path: Path) -> None:
     def run(**variables: str) -> tuple[str, str]:
         home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": local.url, "NO_PROXY": "*"}
         master, terminal = os.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 100, 0, 0))
         command, env = [sys.executable, "-c", code], {**os.environ, **home, **variables}
         output = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=terminal, text=True).stdout
         os.close(terminal)
