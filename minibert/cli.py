@@ -1,0 +1,233 @@
+"""The `minibert` command: each subcommand is a function that declares its arguments and one that does the work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Arguments = argparse.Namespace
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for an error told in one line, 130 after Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("minibert: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` say, has enough
+        sys.stderr.close()
+        return 0
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"minibert: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from minibert import __version__
+
+    parser = argparse.ArgumentParser(prog="minibert", description="BERT in plain PyTorch: small, exact, fast.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (add_arguments, run) in COMMANDS.items():
+        first_line = (run.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(name, help=first_line.rstrip("."), description=run.__doc__)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a directory or a name on the Hub; default: the model bundled with minibert")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def chosen_model(arguments: Arguments) -> str:
+    from minibert import hub
+
+    return arguments.model or hub.default_model()
+
+
+def show(arguments: Arguments, result: Any, lines: Sequence[str]) -> None:
+    """The result as JSON if asked for, else as readable lines."""
+    print(json.dumps(result, indent=2, ensure_ascii=False) if arguments.json else "\n".join(lines))
+
+
+def table(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> list[str]:
+    """Rows as aligned columns; the columns numbered in `right` are aligned to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    pad = [str.rjust if column in right else str.ljust for column in range(len(widths))]
+    return ["  ".join(pad[i](cell, widths[i]) for i, cell in enumerate(row)).rstrip() for row in cells]
+
+
+# fill-mask
+
+
+def add_fill_mask(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="+", metavar="TEXT", help="a text with one or several [MASK], in quotation marks")
+    parser.add_argument("--top-k", type=int, default=5, help="answers for each mask (default 5)")
+    parser.add_argument("--targets", nargs="+", metavar="WORD", help="score these words only")
+    add_model(parser)
+
+
+def run_fill_mask(arguments: Arguments) -> None:
+    """The likeliest words at each [MASK] of a text."""
+    from minibert.pipelines import pipeline
+
+    fill_mask = pipeline("fill-mask", chosen_model(arguments), revision=arguments.revision)
+    results = [fill_mask(text, top_k=arguments.top_k, targets=arguments.targets) for text in arguments.text]
+    lines = []
+    for text, result in zip(arguments.text, results, strict=True):
+        masks = [result] if isinstance(result[0], dict) else result
+        for i, answers in enumerate(masks, 1):
+            lines += [*([""] if lines else []), text + (f"   (mask {i} of {len(masks)})" if len(masks) > 1 else "")]
+            lines += table(
+                [(f"  {answer['score']:.4f}", answer["token_str"], answer["sequence"]) for answer in answers]
+            )
+    show(arguments, results[0] if len(results) == 1 else results, lines)
+
+
+# next-sentence
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", metavar="A", help="the first text")
+    parser.add_argument("text_pair", metavar="B", help="the text that may follow it")
+
+
+def add_next_sentence(parser: argparse.ArgumentParser) -> None:
+    add_pair(parser)
+    add_model(parser)
+
+
+def run_next_sentence(arguments: Arguments) -> None:
+    """Does text B follow text A?"""
+    from minibert.pipelines import pipeline
+
+    judge = pipeline("next-sentence-prediction", chosen_model(arguments), revision=arguments.revision)
+    result = judge((arguments.text, arguments.text_pair))
+    meaning = {"IS_NEXT": "B follows A", "NOT_NEXT": "B comes from elsewhere"}
+    rows = [(f"  {score:.4f}", name, meaning[name]) for name, score in result["probabilities"].items()]
+    show(arguments, result, table(rows))
+
+
+# pretraining-loss
+
+
+def add_pretraining_loss(parser: argparse.ArgumentParser) -> None:
+    add_pair(parser)
+    parser.add_argument("--mask", metavar="9,44", default="", help="numbers of the tokens to replace by [MASK], from 0")
+    parser.add_argument("--not-next", action="store_true", help="say that B does not follow A (default: it does)")
+    add_model(parser)
+
+
+def run_pretraining_loss(arguments: Arguments) -> None:
+    """The joint loss of masked words and next sentence on a pair of texts; every token is a label."""
+    from minibert.demo import pretraining_loss
+    from minibert.heads import BertForPreTraining, NextSentence
+    from minibert.tokenizer import BertTokenizer
+
+    name = chosen_model(arguments)
+    model = BertForPreTraining.from_pretrained(name, revision=arguments.revision)
+    tokenizer = BertTokenizer.from_pretrained(name, revision=arguments.revision)
+    positions = _positions(arguments.mask)
+    label = NextSentence.NOT_NEXT if arguments.not_next else NextSentence.IS_NEXT
+    result = pretraining_loss(model, tokenizer, arguments.text, arguments.text_pair, positions, label)
+    del result["prediction_logits"]
+    result["seq_relationship_logits"] = result["seq_relationship_logits"][0].tolist()
+    lines = table([(f"{key}:", f"{result[key]:.4f}") for key in ("loss", "mlm_loss", "nsp_loss")], right=(1,))
+    if result["masked"]:
+        rows = [(m["position"], m["token"], f"{m['probability']:.4f}", m["predicted"]) for m in result["masked"]]
+        lines += ["", *table([("position", "token", "probability", "predicted"), *rows], right=(0, 2))]
+    show(arguments, result, lines)
+
+
+def _positions(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--mask {text!r}: must be numbers of tokens separated by commas, such as 9,44") from None
+
+
+# demo
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="one model for all three flows; default: bert-base from the Hub if reachable")
+
+
+def run_demo(arguments: Arguments) -> None:
+    """The three flows: fill-mask, next sentence, joint pretraining loss."""
+    from minibert.demo import run
+
+    run(arguments.model)
+
+
+# inspect
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="a directory or a name on the Hub; default: the bundled model")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor: status, type, shape, hash")
+    parser.add_argument(
+        "--head", help="look at it as this class, such as BertForMaskedLM (default: what it was saved as)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, with all tensors")
+
+
+def run_inspect(arguments: Arguments) -> None:
+    """What a checkpoint holds: the tree of modules, parameters, and what became of each tensor."""
+    from minibert.config import BertConfig
+
+    name = chosen_model(arguments)
+    config = BertConfig.from_pretrained(name, revision=arguments.revision)
+    kind = head_class(arguments.head or (config.architectures or ["BertModel"])[0])
+    model, report = kind.from_pretrained(name, revision=arguments.revision, output_loading_info=True)
+    statuses = dict.fromkeys(tensor.status for tensor in report.tensors)
+    counts = {status: len(report.named(status)) for status in statuses}
+    result: dict[str, Any] = {
+        "model": str(name),
+        "class": kind.__name__,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": config.to_dict(),
+        "counts": counts,
+    }
+    lines = [repr(model), "", f"{model.num_parameters():,} parameters, {result['dtype']}"]
+    lines += [", ".join(f"{count} {status}" for status, count in counts.items()) + " tensors"]
+    if arguments.json or arguments.tensors:
+        result["tensors"] = report.to_dict()
+        rows = [
+            (entry["name"], entry["status"], entry["dtype"] or "", "x".join(map(str, entry["shape"])),
+             (entry["sha256"] or "")[:16], "" if entry["source"] == entry["name"] else entry["source"] or "")
+            for entry in result["tensors"]
+        ]  # fmt: skip
+        lines += ["", *table([("tensor", "status", "dtype", "shape", "sha256", "name in file"), *rows])]
+    show(arguments, result, lines)
+
+
+def head_class(name: str) -> Any:
+    """The model class of a name, as a config's `architectures` has it."""
+    import minibert
+
+    known = [name for name in minibert.__all__ if name == "BertModel" or name.startswith("BertFor")]
+    if name not in known:
+        raise ValueError(f"{name!r} is no model of minibert: there are {', '.join(known)}")
+    return getattr(minibert, name)
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[Arguments], None]]] = {
+    "demo": (add_demo, run_demo),
+    "fill-mask": (add_fill_mask, run_fill_mask),
+    "next-sentence": (add_next_sentence, run_next_sentence),
+    "pretraining-loss": (add_pretraining_loss, run_pretraining_loss),
+    "inspect": (add_inspect, run_inspect),
+}
