@@ -2,7 +2,7 @@
 
 `build_corpus` writes a directory that `Corpus` opens without reading it:
 
-    tokens-00000.npy ...   the token ids of all sentences, one after the other (uint16, or uint32 for large vocabularies)
+    tokens-00000.npy ...   the token ids of all sentences, one after the other (uint16; uint32 for large vocabularies)
     sentences.npy          (sentences + 1,) int64: where each sentence starts, counted over all token files
     documents.npy          (documents + 1,) int64: the first sentence of each document
     vocab.txt, corpus.json the vocabulary used, and what was found (written last: it marks the corpus as complete)
@@ -25,11 +25,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
+
+from minibert.training.sentences import split_sentences
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BLOCK_BYTES = 8 << 20  # text handed to a worker at a time: about two million tokens, one file of the result
@@ -78,6 +80,7 @@ class Corpus:
         self.fingerprint: str = info["fingerprint"]
         self.lowercase: bool = info["lowercase"]
         self.vocab_file = self.directory / "vocab.txt"
+        self.vocab_size: int = info["vocab_size"]
         self.sentences = np.load(self.directory / "sentences.npy", mmap_mode="r")
         self.documents = np.load(self.directory / "documents.npy", mmap_mode="r")
         self._shards = [np.load(path, mmap_mode="r") for path in sorted(self.directory.glob("tokens-*.npy"))]
@@ -252,18 +255,16 @@ class _WordPieces:
         self._row.update(zip(new, range(len(self._row), len(self._row) + len(new)), strict=True))
 
 
-def _documents(lines: list[str]) -> tuple[list[str], np.ndarray]:
-    """The sentences of `lines`, and how many each document has."""
-    sentences, sizes, size = [], [], 0
-    for line in lines:
+def _documents(text: str, prose: bool) -> Iterator[list[str]]:
+    """The sentences of each document of a text."""
+    lines: list[str] = []
+    for line in chain(text.split("\n"), [""]):
         line = line.strip()
         if line:
-            sentences.append(line)
-            size += 1
-        elif size:
-            sizes.append(size)
-            size = 0
-    return sentences, np.array(sizes + [size] * (size > 0), np.int64)
+            lines.append(line)
+        elif lines:
+            yield split_sentences(" ".join(lines)) if prose else lines
+            lines = []
 
 
 _pieces: _WordPieces  # one a worker process
@@ -275,7 +276,7 @@ def _start_worker(vocab_file: str, lowercase: bool) -> None:
     _pieces = _WordPieces(_bert_tokenizer(models.WordPiece.from_file(vocab_file, unk_token="[UNK]"), lowercase))
 
 
-def _write_shard(block: _Block, directory: Path, number: int, dtype: str, key: str) -> dict:
+def _write_shard(block: _Block, prose: bool, directory: Path, number: int, dtype: str, key: str) -> dict[str, Any]:
     """Tokenize a block and write its two files, unless they are there from an earlier run. Returns its counts."""
     name, digest = f"{number:05d}.npy", hashlib.sha256(key.encode() + block.data).hexdigest()
     record = directory / f"shard-{number:05d}.json"
@@ -283,7 +284,8 @@ def _write_shard(block: _Block, directory: Path, number: int, dtype: str, key: s
         known = json.loads(record.read_text())
         if known["digest"] == digest:
             return known
-    sentences, sizes = _documents(block.text().split("\n"))
+    documents = list(_documents(block.text(), prose))
+    sentences, sizes = list(chain.from_iterable(documents)), np.fromiter(map(len, documents), np.int64)
     tokens, lengths = _pieces(sentences)
     # a sentence of nothing but control characters has no tokens: leave it out
     owner = np.repeat(np.arange(len(sizes)), sizes)[lengths > 0]
@@ -322,11 +324,13 @@ def build_corpus(
     vocab_file: str | os.PathLike,
     *,
     lowercase: bool = True,
+    prose: bool = False,
     num_workers: int | None = None,
     progress: bool = True,
 ) -> Corpus:
-    """Tokenize text files (plain, .gz or .xz; one sentence a line, a blank line between documents) into `directory`.
+    """Tokenize text files (plain, .gz or .xz) into `directory`: one sentence a line, a blank line between documents.
 
+    With `prose` a document is running text, whose sentences are found by rules (`split_sentences`).
     Parts that an interrupted run finished are kept: start it again with the same arguments. Nothing is done where
     the same text and vocabulary are already there.
 
@@ -340,7 +344,7 @@ def build_corpus(
         raise ValueError(f"{vocab_file} lacks the special tokens {', '.join(missing)}")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "corpus.json").unlink(missing_ok=True)
-    key = hashlib.sha256(f"{FORMAT} {lowercase} ".encode() + vocab_file.read_bytes()).hexdigest()
+    key = hashlib.sha256(f"{FORMAT} {lowercase} {prose} ".encode() + vocab_file.read_bytes()).hexdigest()
     dtype = "uint16" if len(pieces) <= 1 << 16 else "uint32"
     with (
         tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, disable=not progress) as bar,
@@ -351,7 +355,7 @@ def build_corpus(
             initargs=(str(vocab_file), lowercase),
         ) as workers,
     ):
-        jobs = ((block, directory, i, dtype, key) for i, block in enumerate(_blocks(paths, BLOCK_BYTES, bar)))
+        jobs = ((block, prose, directory, i, dtype, key) for i, block in enumerate(_blocks(paths, BLOCK_BYTES, bar)))
         shards = list(_in_order(workers, _write_shard, jobs, ahead=workers._max_workers + 1))
     report = CorpusReport(**{f.name: sum(s[f.name] for s in shards) for f in fields(CorpusReport)})
     _check(report, paths)
@@ -360,7 +364,13 @@ def build_corpus(
         _join(directory, kind, len(shards), name)
     fingerprint = hashlib.sha256("".join(shard["digest"] for shard in shards).encode()).hexdigest()
     with replacing(directory / "corpus.json") as partial:
-        info = {"format": FORMAT, "fingerprint": fingerprint, "lowercase": lowercase, "report": asdict(report)}
+        info = {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "lowercase": lowercase,
+            "vocab_size": len(pieces),
+            "report": asdict(report),
+        }
         partial.write_text(json.dumps(info, indent=1))
     return Corpus(directory)
 
@@ -380,12 +390,13 @@ def _check(report: CorpusReport, paths: list[Path]) -> None:
     where = ", ".join(map(str, paths))
     if report.documents < 2:
         raise ValueError(
-            f"{where}: one document in all, but half of the sentence pairs need a second one; separate documents by blank lines"
+            f"{where}: one document in all, but half of the sentence pairs need a second one; "
+            "put a blank line between documents"
         )
     if report.single_sentence_documents > 0.95 * report.documents:
         raise ValueError(
-            f"{where}: {report.single_sentence_documents:,} of {report.documents:,} documents have a single sentence, so that no "
-            "sentence has a next one; blank lines belong between documents, not between sentences"
+            f"{where}: {report.single_sentence_documents:,} of {report.documents:,} documents have a single sentence, "
+            "which leaves none that follows another; blank lines belong between documents, not between sentences"
         )
 
 

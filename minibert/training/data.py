@@ -1,36 +1,38 @@
 """From a tokenized corpus to pretraining batches: sentence pairs, truncation, masks (section 3.1 and appendix A.2).
 
 Everything random is drawn from a counter-based generator (Philox) whose counter says what is drawn: the pairs of a
-block of documents from (seed, epoch, block), the masks of an example from (seed, epoch, block, example). A batch is
-therefore the same whichever process makes it, and any batch can be made without those before it.
+block of documents from (seed, epoch, block), the masks of a pair from (seed, epoch, block, pair). A batch is therefore
+the same whichever process makes it, and any batch can be made without those before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minibert.heads import IGNORED
 from minibert.training.corpus import SPECIAL_TOKENS, Corpus
 
-IGNORED = -100  # the label of a token that takes no part in the loss
-DOCUMENTS_A_BLOCK = 8192  # planned and shuffled together; documents are shuffled between blocks every epoch
+DOCUMENTS_A_BLOCK = 8192  # planned and shuffled together; documents change their block every epoch
 
-PAD_TO = 64  # widths are multiples of this, so that torch.compile meets few shapes
-PAIR = np.dtype(
-    [("a", "i8"), ("b", "i8"), ("a_length", "i4"), ("b_length", "i4"), ("not_next", "i1"), ("number", "i4")]
-)
+# A planned example. a, b: where the segments start in the corpus; number: its place in its block; row, column: its
+# place in the batch. cut: tokens lost by truncation.
+_INTEGERS = [("a_length", "i4"), ("b_length", "i4"), ("cut", "i4"), ("number", "i4"), ("row", "i4"), ("column", "i4")]
+PAIR = np.dtype([("a", "i8"), ("b", "i8"), *_INTEGERS, ("not_next", "i1"), ("short", "i1")])
 
 
 @dataclass(frozen=True)
 class PairRules:
     """How examples are made; the defaults are those of the paper.
 
-    max_length counts [CLS] and both [SEP]. mask_tokens, of the chosen tokens: 80% become [MASK], 10% another token,
-    10% stay. whole_words chooses words instead of pieces, until the same number of pieces is reached.
+    max_length counts [CLS] and both [SEP]. `masked` is the share of tokens to predict: 80% of them become [MASK], 10%
+    another token, 10% stay. whole_words chooses whole words, as many as fit into the same number of pieces; the
+    80/10/10 is drawn for each piece, as in Google's code.
     """
 
     max_length: int = 128
@@ -70,9 +72,9 @@ def plan_pairs(corpus: Corpus, documents: np.ndarray, rules: PairRules, rng: np.
 
     As Google's create_pretraining_data does, a document is read from front to back: sentences are taken until
     they fill an example, a random number of them (at least one) is segment A; B is the rest, or as many tokens from a
-    random place of another random document, and then the rest is left for the next example. Differences: the
-    length is drawn for each example instead of once a document, so that 10% of the examples are short and not a third; a
-    single sentence left at the end makes a pair only when the coin says "random", so that both kinds stay equally frequent.
+    random place of another random document, and then the rest is left for the next example. Two differences, to get
+    the shares that the paper states: the length is drawn for each example instead of once a document (a third of the
+    examples would be short), and a single sentence left at the end makes a pair only when the coin says "random".
 
     All documents advance together, one example a round.
     """
@@ -82,7 +84,8 @@ def plan_pairs(corpus: Corpus, documents: np.ndarray, rules: PairRules, rng: np.
     rounds = []
     while len(at):
         u = rng.random((6, len(at)))
-        target = np.where(u[0] < rules.short_probability, 2 + (u[1] * (room - 1)).astype(np.int64), room)
+        short = u[0] < rules.short_probability
+        target = np.where(short, 2 + (u[1] * (room - 1)).astype(np.int64), room)
         stop = np.searchsorted(sentences, sentences[at] + target)
         stop = np.minimum(np.maximum(stop, at + 2), end)
         count = stop - at
@@ -96,7 +99,7 @@ def plan_pairs(corpus: Corpus, documents: np.ndarray, rules: PairRules, rng: np.
 
         used = (count > 1) | not_next
         pairs = np.zeros(int(used.sum()), PAIR)
-        values = {"a": a, "b": b, "a_length": a_length, "b_length": b_length, "not_next": not_next}
+        values = {"a": a, "b": b, "a_length": a_length, "b_length": b_length, "not_next": not_next, "short": short}
         for name, value in values.items():
             pairs[name] = value[used]
         rounds.append(pairs)
@@ -134,6 +137,7 @@ def _truncate(pairs: np.ndarray, room: int, rng: np.random.Generator) -> None:
     for segment, cut in (("a", cut_a), ("b", cut_b)):
         pairs[segment] += rng.binomial(cut, 0.5)
         pairs[f"{segment}_length"] -= cut
+    pairs["cut"] = over
 
 
 # --- order --------------------------------------------------------------------------------------------------------
@@ -141,19 +145,31 @@ def _truncate(pairs: np.ndarray, room: int, rng: np.random.Generator) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """One batch, not made yet: its pairs, and the position at which the stream goes on after it."""
+    """A batch, or a part of one, that is not made yet: its pairs, and the position at which the stream goes on."""
 
     pairs: np.ndarray
+    rows: int
     epoch: int
     block: int
     after: Position
 
+    def part(self, index: int, parts: int) -> Plan:
+        """One of `parts` equal parts, row for row; together they are the whole."""
+        rows = self.rows // parts
+        pairs = self.pairs[self.pairs["row"] // rows == index].copy()
+        pairs["row"] -= index * rows
+        return replace(self, pairs=pairs, rows=rows)
 
-def plan_batches(corpus: Corpus, rules: PairRules, batch_size: int, start: Position = Position()) -> Iterator[Plan]:
-    """The endless stream of batches from `start` on, `batch_size` pairs of similar length each.
 
-    Every epoch has new pairs, in a new order. The last batch of a block is filled up with pairs from its beginning.
+def plan_batches(
+    corpus: Corpus, rules: PairRules, rows: int, *, packed: bool = False, start: Position | None = None
+) -> Iterator[Plan]:
+    """The endless stream of batches from `start` on, of `rows` rows each.
+
+    A row holds one pair, and a batch pairs of similar length; or, if `packed`, a row holds as many pairs as fit. Every
+    epoch has new pairs in a new order. The last batch of a block is filled up with rows from the block's beginning.
     """
+    start = start or Position()
     epoch, block, first = start.epoch, start.block, start.batch
     documents = len(corpus.documents) - 1
     blocks = -(-documents // DOCUMENTS_A_BLOCK)
@@ -161,25 +177,58 @@ def plan_batches(corpus: Corpus, rules: PairRules, batch_size: int, start: Posit
         order = _random(rules.seed, epoch, blocks).permutation(documents)
         while block < blocks:
             rng = _random(rules.seed, epoch, block)
-            chosen = order[block * DOCUMENTS_A_BLOCK : (block + 1) * DOCUMENTS_A_BLOCK]
-            pairs = plan_pairs(corpus, np.sort(chosen), rules, rng)
+            chosen = np.sort(order[block * DOCUMENTS_A_BLOCK : (block + 1) * DOCUMENTS_A_BLOCK])
+            pairs = plan_pairs(corpus, chosen, rules, rng)
             pairs["number"] = np.arange(len(pairs))
-            batches = _group(pairs, batch_size, rng)
-            for index in range(first, len(batches)):
-                last = index + 1 == len(batches)
-                after = Position(epoch, block, index + 1) if not last else Position(epoch, block + 1, 0)
-                yield Plan(batches[index], epoch, block, after)
+            arranged = (_pack if packed else _group)(pairs, rows, rules.max_length, rng)
+            for index in range(first, len(arranged)):
+                last = index + 1 == len(arranged)
+                after = Position(epoch, block + 1, 0) if last else Position(epoch, block, index + 1)
+                yield Plan(arranged[index], rows, epoch, block, after)
             block, first = block + 1, 0
         epoch, block = epoch + 1, 0
 
 
-def _group(pairs: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """(batches, batch_size) of PAIR: shuffled, but with similar lengths in a batch."""
-    count = -(-len(pairs) // batch_size)
-    pairs = np.resize(pairs[rng.permutation(len(pairs))], count * batch_size)
-    lengths = pairs["a_length"] + pairs["b_length"]
-    batches = pairs[np.argsort(lengths, kind="stable")].reshape(count, batch_size)
+def lengths_of(pairs: np.ndarray) -> np.ndarray:
+    """Tokens of each pair with [CLS] and both [SEP]."""
+    return pairs["a_length"] + pairs["b_length"] + 3
+
+
+def _group(pairs: np.ndarray, rows: int, max_length: int, rng: np.random.Generator) -> np.ndarray:
+    """(batches, rows) of PAIR: shuffled, but with similar lengths in a batch."""
+    count = -(-len(pairs) // rows)
+    pairs = np.resize(pairs[rng.permutation(len(pairs))], count * rows)
+    batches = pairs[np.argsort(lengths_of(pairs), kind="stable")].reshape(count, rows)
+    batches["row"] = np.arange(rows)
     return batches[rng.permutation(count)]
+
+
+def _pack(pairs: np.ndarray, rows: int, max_length: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Arrays of PAIR, one a batch: every pair goes into the fullest row that has room for it, the longest first."""
+    pairs = pairs[rng.permutation(len(pairs))]
+    pairs = pairs[np.argsort(-lengths_of(pairs), kind="stable")]
+    open_rows: list[list[int]] = [[] for _ in range(max_length + 1)]  # by the room they have left
+    count, row_of, column_of = 0, [], []
+    for length in lengths_of(pairs).tolist():
+        room = next((room for room in range(length, max_length) if open_rows[room]), max_length)
+        if room < max_length:
+            row = open_rows[room].pop()
+        else:
+            row, count = count, count + 1
+        row_of.append(row)
+        column_of.append(max_length - room)
+        open_rows[room - length].append(row)
+    pairs["column"] = column_of
+    shuffled = rng.permutation(count)[row_of]
+    pairs = pairs[np.argsort(shuffled, kind="stable")]
+    shuffled = np.sort(shuffled)
+    batches = -(-count // rows)
+    missing = batches * rows - count  # taken from the first rows, again and again in a tiny corpus
+    again = [np.flatnonzero(shuffled == row % count) for row in range(missing)]
+    pairs = np.concatenate([pairs, *(pairs[places] for places in again)])
+    row_of = np.concatenate([shuffled, *(np.full(len(places), count + i) for i, places in enumerate(again))])
+    pairs["row"] = row_of % rows
+    return np.split(pairs, np.searchsorted(row_of, np.arange(1, batches) * rows))
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -187,103 +236,203 @@ def _group(pairs: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.n
 
 @dataclass
 class Batch:
-    """input_ids, token_type_ids and attention_mask (B, T); next_sentence_label (B,).
+    """Tensors of one step. (R, T): input_ids, token_type_ids, position_ids, and `pair`, the number from 1 of the pair
+    that a token belongs to within its row, 0 for padding.
 
-    The chosen tokens are listed: masked_positions (P,) in the flattened (B * T) batch, and masked_labels (P,), the ids
-    that were there. P depends on B and T alone: what is left over has position 0 and label -100.
+    cls_positions and next_sentence_label (B,), for B pairs; masked_positions and masked_labels (P,), for the tokens to
+    predict. Positions count in the flattened (R * T) batch. P hardly varies: what is left over has position 0, label
+    -100. Tokens attend to the tokens of their pair alone.
     """
 
     input_ids: Tensor
     token_type_ids: Tensor
-    attention_mask: Tensor
+    position_ids: Tensor
+    pair: Tensor
+    cls_positions: Tensor
     next_sentence_label: Tensor
     masked_positions: Tensor
     masked_labels: Tensor
-
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+    packed: bool = False
 
     @property
     def tokens(self) -> int:
         """Tokens that are not padding."""
-        return int(self.attention_mask.sum())
+        return int((self.pair > 0).sum())
+
+    @property
+    def masked(self) -> int:
+        """Tokens to predict."""
+        return int((self.masked_labels != IGNORED).sum())
 
     @property
     def labels(self) -> Tensor:
-        """(B, T): the masked labels in their places, -100 elsewhere, as the model's forward takes them."""
-        labels = torch.full((self.input_ids.numel(),), IGNORED)
-        real = self.masked_labels != IGNORED
-        labels[self.masked_positions[real]] = self.masked_labels[real]
+        """(R, T): the masked labels in their places, -100 elsewhere, as `BertForPreTraining` takes them."""
+        labels = torch.full_like(self.input_ids, IGNORED).flatten()
+        labels[self.masked_positions] = self.masked_labels  # left-over positions are a [CLS], which has no label
         return labels.view_as(self.input_ids)
 
+    @property
+    def attention_mask(self) -> Tensor:
+        """(R, T) of 0 and 1; of a packed batch (R, T, T), True where a token may attend to another."""
+        return self.pair[:, :, None] == self.pair[:, None, :] if self.packed else (self.pair > 0).long()
 
-@dataclass
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The arguments of `BertForPreTraining` and of its like elsewhere.
+
+        Raises ValueError for a packed batch, in which a row has several [CLS].
+        """
+        if self.packed:
+            raise ValueError("a packed batch has several pairs in a row, a model's own forward takes one")
+        names = ("input_ids", "token_type_ids", "attention_mask", "labels", "next_sentence_label")
+        return {name: getattr(self, name) for name in names}
+
+    def to(self, device: torch.device | str) -> Batch:
+        move: Callable[[Any], Any] = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # noqa: E731
+        return Batch(**{name: move(value) for name, value in vars(self).items()})
+
+
 class BatchMaker:
-    """Reads, pads and masks planned pairs. Plain data, so that worker processes can have one each."""
+    """Reads, pads or packs, and masks planned pairs. Widths are multiples of `pad_to`, or max_length if packed."""
 
-    corpus: Corpus
-    rules: PairRules
-    special: dict[str, int] = field(init=False)
-    ordinary: np.ndarray = field(init=False)  # ids that may replace a token
-    continues: np.ndarray = field(init=False)  # (V,) whether a piece goes on a word (##)
-
-    def __post_init__(self) -> None:
-        pieces = self.corpus.vocab_file.read_text(encoding="utf-8").splitlines()
-        self.special = {token: pieces.index(token) for token in SPECIAL_TOKENS}
-        self.ordinary = np.setdiff1d(np.arange(len(pieces)), list(self.special.values()))
+    def __init__(self, corpus: Corpus, rules: PairRules, *, packed: bool = False, pad_to: int = 1) -> None:
+        self.corpus, self.rules, self.packed, self.pad_to = corpus, rules, packed, pad_to
+        pieces = corpus.vocab_file.read_text(encoding="utf-8").splitlines()
+        self.pad, _, self.cls, self.sep, self.mask = special = [pieces.index(token) for token in SPECIAL_TOKENS]
+        self.ordinary = np.setdiff1d(np.arange(len(pieces)), special)  # ids that may replace a token
         self.continues = np.array([piece.startswith("##") for piece in pieces])
 
-    def __call__(self, plan: Plan) -> Batch:
-        pairs, rows = plan.pairs, len(plan.pairs)
-        lengths = pairs["a_length"] + pairs["b_length"] + 3
-        width = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, self.rules.max_length)
-        ids = np.full((rows, width), self.special["[PAD]"], np.int64)
-        for row, pair in zip(ids, pairs.tolist(), strict=True):
-            a, b, a_length, b_length, *_ = pair
-            row[1 : 1 + a_length] = self.corpus.tokens(a, a_length)
-            row[2 + a_length : 2 + a_length + b_length] = self.corpus.tokens(b, b_length)
-        place = np.arange(ids.shape[1])
-        row, second = np.arange(rows), pairs["a_length"] + 1
-        ids[:, 0] = self.special["[CLS]"]
-        ids[row, second] = ids[row, lengths - 1] = self.special["[SEP]"]
-        real = place < lengths[:, None]
-        maskable = real & (place > 0) & (place != second[:, None]) & (place != lengths[:, None] - 1)
-        masked, positions, labels = self._mask(ids, maskable, plan)
+    def __getitem__(self, plan: Plan) -> Batch:
+        pairs, lengths = plan.pairs, lengths_of(plan.pairs)
+        width = self.rules.max_length
+        if not self.packed:
+            width = min(-(-int(lengths.max()) // self.pad_to) * self.pad_to, width)
+        ids = np.full((plan.rows, width), self.pad, np.int64)
+        types, places, pair = np.zeros((3, plan.rows, width), np.int64)
+        maskable = np.zeros(ids.shape, bool)
+        noise = np.zeros((3, plan.rows, width))
+        for number, (length, found) in enumerate(zip(lengths.tolist(), pairs, strict=True), start=1):
+            row, column, a, b = (int(found[name]) for name in ("row", "column", "a_length", "b_length"))
+            here = (row, slice(column, column + length))
+            first, second = self.corpus.tokens(found["a"], a), self.corpus.tokens(found["b"], b)
+            ids[here] = np.concatenate([[self.cls], first, [self.sep], second, [self.sep]])
+            types[row, column + a + 2 : column + length] = 1
+            places[here] = np.arange(length)
+            pair[here] = number
+            maskable[here] = True
+            maskable[row, [column, column + a + 1, column + length - 1]] = False
+            # Drawn for the greatest length: a pair does not depend on how it is padded
+            rng = _random(self.rules.seed, plan.epoch, plan.block, 1 + int(found["number"]))
+            noise[(slice(None), *here)] = rng.random((3, self.rules.max_length))[:, :length]
+        chosen = self._choose(ids, pair, maskable, noise[0])
+        masked = np.where(chosen & (noise[1] < 0.8), self.mask, ids)
+        other = self.ordinary[(noise[2] * len(self.ordinary)).astype(np.int64)]
+        found = np.flatnonzero(chosen)
+        expected = max(len(found), int(np.ceil(ids.size * self.rules.masked)))
+        positions = np.zeros(-(-expected // 64) * 64, np.int64)
+        labels = np.full(len(positions), IGNORED, np.int64)
+        positions[: len(found)], labels[: len(found)] = found, ids.flat[found]
         arrays = {
-            "input_ids": masked,
-            "token_type_ids": real & (place > second[:, None]),
-            "attention_mask": real,
-            "next_sentence_label": pairs["not_next"],
+            "input_ids": np.where(chosen & (noise[1] >= 0.9), other, masked),
+            "token_type_ids": types,
+            "position_ids": places,
+            "pair": pair,
+            "cls_positions": pairs["row"].astype(np.int64) * width + pairs["column"],
+            "next_sentence_label": pairs["not_next"].astype(np.int64),
             "masked_positions": positions,
             "masked_labels": labels,
         }
-        return Batch(**{name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()})
+        return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()}, packed=self.packed)
 
-    def _mask(self, ids: np.ndarray, maskable: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows, length = ids.shape
-        u = np.empty((3, rows, length))
-        for row, number in enumerate(plan.pairs["number"].tolist()):
-            # Drawn for the greatest length, so that an example does not depend on its neighbours' padding
-            rng = _random(self.rules.seed + (1 << 64), plan.epoch, plan.block, number)
-            u[:, row] = rng.random((3, self.rules.max_length))[:, :length]
-        budget = number_masked(maskable.sum(1), self.rules.masked)
-        chosen = self._choose(ids, np.where(maskable, u[0], 2.0), budget)
-        found = np.flatnonzero(chosen)
-        positions = np.zeros(rows * int(number_masked(length - 3, self.rules.masked)), np.int64)
-        labels = np.full(len(positions), IGNORED)
-        positions[: len(found)], labels[: len(found)] = found, ids.flat[found]
-        other = self.ordinary[(u[2] * len(self.ordinary)).astype(np.int64)]
-        ids = np.where(chosen & (u[1] < 0.8), self.special["[MASK]"], ids)
-        return np.where(chosen & (u[1] >= 0.9), other, ids), positions, labels
-
-    def _choose(self, ids: np.ndarray, score: np.ndarray, budget: np.ndarray) -> np.ndarray:
+    def _choose(self, ids: np.ndarray, pair: np.ndarray, maskable: np.ndarray, score: np.ndarray) -> np.ndarray:
+        """Which tokens to predict: of every pair those with the lowest scores, (R, T) of bool."""
+        places = np.flatnonzero(maskable)
         if self.rules.whole_words:
-            raise NotImplementedError
-        ranks = np.empty(ids.shape, np.int64)
-        np.put_along_axis(ranks, np.argsort(score, axis=1), np.arange(ids.shape[1])[None], axis=1)
-        return ranks < budget[:, None]
+            starts = maskable & ~self.continues[ids]
+            starts[:, 1:] |= maskable[:, 1:] & ~maskable[:, :-1]  # truncation may have cut a word's first pieces off
+            word = np.cumsum(starts.flat[places]) - 1
+            score = score.flat[places[starts.flat[places]]][word]
+        else:
+            word, score = np.arange(len(places)), score.flat[places]
+        order = np.lexsort((word, score, pair.flat[places]))
+        sizes = np.bincount(pair.flat[places])[1:]  # every pair has at least two ordinary tokens
+        budgets = np.maximum(1, np.rint(sizes * self.rules.masked)).astype(np.int64)
+        if self.rules.whole_words:
+            taken = _whole_words(word[order], sizes, budgets)
+        else:
+            taken = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes) < np.repeat(budgets, sizes)
+        chosen = np.zeros(ids.shape, bool)
+        chosen.flat[places[order[taken]]] = True
+        return chosen
 
 
-def number_masked(tokens: np.ndarray, share: float) -> np.ndarray:
-    """How many of `tokens` ordinary tokens are chosen in each example: at least one."""
-    return np.maximum(1, np.rint(tokens * share)).astype(np.int64)
+def _whole_words(word: np.ndarray, sizes: np.ndarray, budgets: np.ndarray) -> np.ndarray:
+    """Of tokens in the order of choice, those to take: words that still fit into their pair's budget."""
+    starts = np.flatnonzero(np.diff(word, prepend=-1))
+    lengths = np.diff(starts, append=len(word)).tolist()
+    taken, ends, left, pair = np.zeros(len(word), bool), np.cumsum(sizes), int(budgets[0]), 0
+    for start, length in zip(starts.tolist(), lengths, strict=True):
+        if start >= ends[pair]:
+            pair += 1
+            left = int(budgets[pair])
+        if length <= left:
+            taken[start : start + length] = True
+            left -= length
+    return taken
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What the examples really are, counted over `pairs` of them; all others are shares from 0 to 1.
+
+    random, short and truncated are shares of the pairs; cut is the share of tokens lost by truncation; padding of all
+    places in a batch; chosen and unknown of the ordinary tokens; masked, replaced and kept of the chosen tokens.
+    """
+
+    pairs: int
+    random: float
+    short: float
+    truncated: float
+    cut: float
+    padding: float
+    chosen: float
+    masked: float
+    replaced: float
+    kept: float
+
+    def __str__(self) -> str:
+        return (
+            f"of {self.pairs:,} pairs {self.random:.1%} random, {self.short:.1%} short, {self.truncated:.1%} truncated "
+            f"(losing {self.cut:.1%} of all tokens); {self.chosen:.2%} of tokens chosen: {self.masked:.1%} [MASK], "
+            f"{self.replaced:.1%} another, {self.kept:.1%} kept; {self.padding:.2%} padding"
+        )
+
+
+def report(corpus: Corpus, rules: PairRules, rows: int, *, packed: bool = False, batches: int = 200) -> DataReport:
+    """Make the first batches of a run and count what is in them."""
+    maker, counts = BatchMaker(corpus, rules, packed=packed), dict.fromkeys(DataReport.__dataclass_fields__, 0)
+    places = tokens = 0
+    for plan, _ in zip(plan_batches(corpus, rules, rows, packed=packed), range(batches), strict=False):
+        batch = maker[plan]
+        found = batch.input_ids.flatten()[batch.masked_positions]
+        real, masked = batch.masked_labels != IGNORED, found == maker.mask
+        more = {
+            "pairs": len(plan.pairs),
+            "random": int(plan.pairs["not_next"].sum()),
+            "short": int(plan.pairs["short"].sum()),
+            "truncated": int((plan.pairs["cut"] > 0).sum()),
+            "cut": int(plan.pairs["cut"].sum()),
+            "padding": batch.pair.numel() - batch.tokens,
+            "chosen": batch.masked,
+            "masked": int((real & masked).sum()),
+            "kept": int((real & (found == batch.masked_labels)).sum()),
+        }
+        counts = {name: count + more.get(name, 0) for name, count in counts.items()}
+        places, tokens = places + batch.pair.numel(), tokens + batch.tokens - 3 * len(plan.pairs)
+    pairs, chosen = counts["pairs"], counts["chosen"]
+    counts["replaced"] = chosen - counts["masked"] - counts["kept"]
+    of = {"pairs": 1, "random": pairs, "short": pairs, "truncated": pairs, "cut": tokens + counts["cut"]}
+    of |= {"padding": places, "chosen": tokens, "masked": chosen, "replaced": chosen, "kept": chosen}
+    return DataReport(**{name: count / of[name] if of[name] > 1 else count for name, count in counts.items()})

@@ -1,33 +1,51 @@
-"""The pretraining loop: loss, optimizer, schedule, checkpoints that resume to the bit, validation, metrics."""
+"""The pretraining loop: steps, checkpoints that resume to the bit, validation, metrics.
+
+Nothing random is carried along. The data are a function of their position in the stream, the dropout masks of (seed,
+step, process): what a checkpoint needs are the parameters, the optimizer's state, the step and the position.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from minibert.heads import BertForPreTraining
 from minibert.training.corpus import Corpus, replacing
-from minibert.training.data import IGNORED, Batch, BatchMaker, PairRules, Position, plan_batches
+from minibert.training.data import Batch, BatchMaker, PairRules, Plan, Position, plan_batches
+from minibert.training.distributed import World, distribute, load_state, set_sync, state_of
+from minibert.training.objective import PretrainingLoss, learning_rate, make_optimizer
 
-NO_DECAY = ("bias", "LayerNorm.weight", "LayerNorm.bias")
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; the defaults are those of the paper (appendix A.2), but for the batch size."""
+    """How to train; the defaults are the paper's (appendix A.2), but for the size of a batch.
+
+    rows: how many a step has, over all processes; a row is one pair, or several if `packed`. accumulate: in how many
+    parts each process computes its share of them. workers: processes that make batches; 0: this one.
+    validation_rows: how many rows to validate on, None for one pass over the validation corpus.
+    """
 
     steps: int = 100_000
-    batch_size: int = 32
+    rows: int = 32
+    accumulate: int = 1
+    packed: bool = False
     learning_rate: float = 1e-4
     warmup_steps: int = 10_000
     weight_decay: float = 0.01
@@ -36,197 +54,256 @@ class Settings:
     clip_norm: float = 1.0
     bf16: bool = False
     compile: bool = False
-    seed: int = 0
+    gradient_checkpointing: bool = False
+    dense: bool = False
+    fsdp: bool = False
+    workers: int = 0
     save_every: int = 1000
     validate_every: int = 1000
-    validation_batches: int = 40
+    validation_rows: int | None = 1024
     log_every: int = 20
 
-
-class PretrainingLoss(nn.Module):
-    """The joint loss, with the vocabulary projection computed only where a word is to be predicted.
-
-    Google's original gathers the chosen positions in the same way. The loss is that of `BertForPreTraining`; the (B, T, V)
-    logits, most of them without a label, are never made.
-    """
-
-    def __init__(self, model: BertForPreTraining) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor,
-        attention_mask: Tensor,
-        next_sentence_label: Tensor,
-        masked_positions: Tensor,
-        masked_labels: Tensor,
-    ) -> dict[str, Tensor]:
-        """Sums over the batch: mlm_loss and mlm_correct over the masked tokens, nsp_loss and nsp_correct over pairs."""
-        encoded = self.model.bert(input_ids, attention_mask, token_type_ids)
-        rows = encoded.last_hidden_state.flatten(0, 1)[masked_positions]  # (B, T, D) -> (P, D)
-        words = self.model.cls.predictions(rows).float()  # (P, V)
-        nexts = self.model.cls.seq_relationship(encoded.pooler_output).float()  # (B, 2)
-        return {
-            "mlm_loss": F.cross_entropy(words, masked_labels, ignore_index=IGNORED, reduction="sum"),
-            "nsp_loss": F.cross_entropy(nexts, next_sentence_label, reduction="sum"),
-            "mlm_correct": (words.argmax(-1) == masked_labels).sum(),
-            "nsp_correct": (nexts.argmax(-1) == next_sentence_label).sum(),
-        }
-
-
-def learning_rate(step: int, settings: Settings) -> float:
-    """Linear from 0 to the peak over the warm-up, then linear down to 0 at the last step; `step` counts from 0."""
-    warm = (step + 1) / max(1, settings.warmup_steps)
-    left = (settings.steps - step) / max(1, settings.steps - settings.warmup_steps)
-    return settings.learning_rate * max(0.0, min(warm, left))
-
-
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW (with bias correction) that does not decay biases and LayerNorms."""
-    decayed = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        decayed[not name.endswith(NO_DECAY)].append(parameter)
-    groups = [
-        {"params": decayed[True], "weight_decay": settings.weight_decay},
-        {"params": decayed[False], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows", "accumulate", "save_every", "validate_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, but must be from 0 to below steps, {self.steps}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}, but must be above 0")
 
 
 class Run:
-    """A pretraining run in a directory: metrics.jsonl, checkpoint.pt (the whole state)."""
+    """A pretraining run in a directory that holds `checkpoint.pt`, the whole state, and `metrics.jsonl`.
+
+    Raises ValueError where the rows of a step cannot be shared out evenly.
+    """
 
     def __init__(
         self,
         model: BertForPreTraining,
-        train: Corpus,
-        validation: Corpus | None,
-        rules: PairRules,
-        settings: Settings,
-        directory: Path,
+        corpus: Corpus,
+        directory: str | os.PathLike[str],
+        *,
+        rules: PairRules | None = None,
+        settings: Settings | None = None,
+        validation: Corpus | None = None,
+        world: World | None = None,
+        progress: bool = True,
     ) -> None:
-        self.model, self.train, self.validation = model, train, validation
-        self.rules, self.settings, self.directory = rules, settings, Path(directory)
+        self.corpus, self.validation, self.directory = corpus, validation, Path(directory)
+        self.rules, self.settings, self.world = rules or PairRules(), settings or Settings(), world or World()
+        self.progress = progress and self.world.is_first
+        parts = self.world.size * self.settings.accumulate
+        if self.settings.rows % parts:
+            raise ValueError(
+                f"rows is {self.settings.rows}, but must be a multiple of {parts}: "
+                f"{self.world.size} processes x {self.settings.accumulate} accumulated parts"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.loss = PretrainingLoss(model)
-        self.compiled = torch.compile(self.loss, dynamic=False) if settings.compile else self.loss
-        self.optimizer = make_optimizer(model, settings)
-        self.step, self.position = 0, Position()
-        self._stop = False
+        self.model = model
+        if self.settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = PretrainingLoss(model, dense=self.settings.dense)
+        if self.settings.compile:
+            loss.compile(dynamic=False)
+        self.loss = distribute(loss, self.world, fsdp=self.settings.fsdp)
+        s = self.settings
+        self.optimizer = make_optimizer(model, s.learning_rate, s.weight_decay, s.betas, s.epsilon)
+        self.step, self.position, self._stop = 0, Position(), False
 
-    # state
+    # --- state ----------------------------------------------------------------------------------------------------
 
     @property
     def checkpoint(self) -> Path:
-        return self.directory / "checkpoint.pt"
+        return self.directory / CHECKPOINT
+
+    def _data(self) -> dict[str, Any]:
+        """What decides on the stream of batches."""
+        return {"corpus": self.corpus.fingerprint, "rows": self.settings.rows, "packed": self.settings.packed} | asdict(
+            self.rules
+        )
 
     def save(self) -> None:
+        """Write the whole state, in one step."""
         state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "position": asdict(self.position),
-            "random": torch.get_rng_state(),
-            "corpus": self.train.fingerprint,
+            "data": self._data(),
+            "parameters": state_of(self.model, self.optimizer),
         }
-        with replacing(self.checkpoint) as partial:
-            torch.save(state, partial)
+        if self.world.is_first:
+            with replacing(self.checkpoint) as partial:
+                torch.save(state, partial)
+        self.world.wait()
 
     def resume(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True)
-        if state["corpus"] != self.train.fingerprint:
-            raise ValueError(f"{self.checkpoint} was trained on another corpus than {self.train.directory}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from the checkpoint. The schedule may change, the data may not.
+
+        Raises FileNotFoundError without a checkpoint, ValueError for one of other data or another architecture.
+        """
+        if not self.checkpoint.is_file():
+            raise FileNotFoundError(f"nothing to resume in {self.directory}: no {CHECKPOINT}")
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        for name, value in self._data().items():
+            if state["data"][name] != value:
+                raise ValueError(f"{self.checkpoint} was trained with {name}={state['data'][name]!r}, not {value!r}")
+        load_state(self.model, self.optimizer, state["parameters"])
         self.step, self.position = state["step"], Position(**state["position"])
-        torch.set_rng_state(state["random"])
+        metrics = self.directory / METRICS
+        if self.world.is_first and metrics.is_file():
+            kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] <= self.step]
+            with replacing(metrics) as partial:
+                partial.write_text("".join(kept))
 
-    # training
+    # --- training -------------------------------------------------------------------------------------------------
 
-    def _on_signal(self, *_: Any) -> None:
-        self._stop = True
-
-    def fit(self) -> None:
-        """Train to the last step, or until SIGTERM; both save a checkpoint."""
-        previous = signal.signal(signal.SIGTERM, self._on_signal)
-        maker = BatchMaker(self.train, self.rules)
-        bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", mininterval=5)
-        sums, began, tokens = {}, time.perf_counter(), 0
+    def fit(self) -> bool:
+        """Train to the last step, or until SIGTERM or SIGINT, and save. Returns whether the last step was reached."""
+        s = self.settings
+        steps = self._steps(self.corpus, self.rules, self.position)
+        totals, began = torch.zeros(7, dtype=torch.float64), time.perf_counter()
         self.model.train()
-        plans = plan_batches(self.train, self.rules, self.settings.batch_size, self.position)
-        while self.step < self.settings.steps and not self._stop:
-            plan = next(plans)
-            batch = maker(plan)
-            add(sums, self.train_step(batch))
-            tokens += batch.tokens
-            self.position = plan.after
-            bar.update()
-            if self.step % self.settings.log_every == 0:
-                now = time.perf_counter()
-                rates = means(sums) | {"tokens_per_second": tokens / (now - began)}
-                bar.set_postfix(loss=f"{rates['loss']:.3f}", tokens_s=f"{rates['tokens_per_second']:.0f}")
-                self.log({"step": self.step, "lr": learning_rate(self.step - 1, self.settings), **rates})
-                sums, began, tokens = {}, now, 0
-            if self.step % self.settings.save_every == 0:
-                self.save()
-            if self.validation is not None and self.step % self.settings.validate_every == 0:
-                self.log({"step": self.step, "validation": self.validate()})
-                began = time.perf_counter()
+        with (
+            self._signals(),
+            tqdm(total=s.steps, initial=self.step, unit="step", disable=not self.progress) as bar,
+        ):
+            while self.step < s.steps:
+                batches, after = next(steps)
+                totals += self.train_step(batches)
+                self.position = after
+                bar.update()
+                if self.step % s.log_every == 0 or self.step == s.steps:
+                    totals, began = self._log_training(totals, time.perf_counter() - began, bar), time.perf_counter()
+                if self.validation is not None and (self.step % s.validate_every == 0 or self.step == s.steps):
+                    self._log({f"validation_{name}": value for name, value in self.validate().items()})
+                    began = time.perf_counter()
+                if self._stop:
+                    break
+                if self.step % s.save_every == 0:
+                    self.save()
         self.save()
-        bar.close()
-        signal.signal(signal.SIGTERM, previous)
+        return self.step == s.steps
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
+    def train_step(self, batches: list[Batch]) -> Tensor:
+        """One update from this process's parts of a batch.
+
+        Returns (7,) float64, sums over these parts: the four of `PretrainingLoss`, tokens to predict, pairs, tokens.
+        """
+        s, device = self.settings, self.world.device
+        counts = torch.tensor(
+            [sum(b.masked for b in batches), sum(len(b.cls_positions) for b in batches), float(self._stop)],
+            device=device,
+        )
+        own = counts[:2].cpu()
+        masked, pairs, stop = self.world.sum(counts).unbind()
+        self._stop = bool(stop)  # all processes stop at the same step
+        torch.manual_seed(_seed(self.rules.seed, self.step, self.world.rank))
+        sums = torch.zeros(4, device=device)
+        for batch in batches:
+            set_sync(self.loss, batch is batches[-1])
+            part = self._forward(batch)
+            # Gradients are averaged over the processes: times their number, it is the sum that the mean asks for
+            (self.world.size * (part[0] / masked.clamp(min=1) + part[2] / pairs)).backward()
+            sums += part.detach()
+        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.settings)
-        sums = self._forward(batch)
-        sums |= {"masked": (batch.masked_labels != IGNORED).sum(), "pairs": torch.tensor(len(batch.input_ids))}
-        loss = sums["mlm_loss"] / sums["masked"] + sums["nsp_loss"] / sums["pairs"]
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+            group["lr"] = learning_rate(self.step, s.learning_rate, s.warmup_steps, s.steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {name: float(value.detach()) for name, value in sums.items()} | {"grad_norm": float(norm), "steps": 1}
+        return torch.cat([sums.cpu(), own, torch.tensor([float(sum(b.tokens for b in batches))])]).double()
 
-    def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bf16):
-            return self.compiled(**vars(batch))
+    def _forward(self, batch: Batch) -> Tensor:
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.settings.bf16):
+            return self.loss(**vars(batch.to(self.world.device)))
+
+    def _steps(self, corpus: Corpus, rules: PairRules, start: Position) -> Iterator[tuple[list[Batch], Position]]:
+        """This process's parts of each batch, and the position after it."""
+        s, planned = self.settings, deque()
+        maker = BatchMaker(corpus, rules, packed=s.packed, pad_to=max(64, rules.max_length // 4) if s.compile else 1)
+
+        def parts() -> Iterator[Plan]:
+            for plan in plan_batches(corpus, rules, s.rows, packed=s.packed, start=start):
+                planned.append(plan.after)
+                for i in range(s.accumulate):
+                    yield plan.part(i * self.world.size + self.world.rank, self.world.size * s.accumulate)
+
+        made = iter(DataLoader(maker, sampler=parts(), batch_size=None, collate_fn=_as_is, num_workers=s.workers))
+        while True:
+            yield [next(made) for _ in range(s.accumulate)], planned.popleft()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Means over the first pairs of the validation corpus, the same pairs and masks every time."""
+        """Losses and accuracies on the first rows of the validation corpus: the same pairs and masks every time."""
+        s = self.settings
+        was_training = self.model.training
         self.model.eval()
         rules = replace(self.rules, seed=0)
-        maker, sums = BatchMaker(self.validation, rules), {}
-        plans = plan_batches(self.validation, rules, self.settings.batch_size)
-        for _ in range(self.settings.validation_batches):
-            batch = maker(next(plans))
-            part = {name: float(value) for name, value in self._forward(batch).items()}
-            add(sums, part | {"masked": int((batch.masked_labels != IGNORED).sum()), "pairs": len(batch.input_ids)})
-        self.model.train()
-        rates = means(sums)
-        return rates | {"perplexity": math.exp(rates["mlm_loss"])}
+        totals, rows = torch.zeros(7, dtype=torch.float64), 0
+        for batches, after in self._steps(self.validation, rules, Position()):
+            for batch in batches:
+                counts = torch.tensor([batch.masked, len(batch.cls_positions), batch.tokens])
+                totals += torch.cat([self._forward(batch).cpu(), counts]).double()
+            rows += s.rows
+            if after.epoch > 0 or (s.validation_rows is not None and rows >= s.validation_rows):
+                break
+        self.model.train(was_training)
+        result = _means(self.world.sum(totals.to(self.world.device)).tolist())
+        return result | {"perplexity": math.exp(min(result["mlm_loss"], 700.0))}
 
-    def log(self, record: dict[str, Any]) -> None:
-        with open(self.directory / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+    # --- metrics --------------------------------------------------------------------------------------------------
+
+    def _log_training(self, totals: Tensor, seconds: float, bar: tqdm) -> Tensor:
+        """Write down what happened since the last time; returns fresh totals."""
+        sums = self.world.sum(totals.to(self.world.device)).tolist()
+        s, rate = self.settings, sums[-1] / seconds
+        lr = learning_rate(self.step - 1, s.learning_rate, s.warmup_steps, s.steps)
+        record = _means(sums) | {"lr": lr, "grad_norm": float(_whole(self.grad_norm)), "tokens_per_second": rate}
+        bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_per_s=f"{rate:,.0f}")
+        self._log(record)
+        return torch.zeros_like(totals)
+
+    def _log(self, record: dict[str, float]) -> None:
+        if self.world.is_first:
+            with open(self.directory / METRICS, "a") as file:
+                file.write(json.dumps({"step": self.step} | record) + "\n")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask to stop after the step, instead of ending the process."""
+
+        def stop(*_: Any) -> None:
+            self._stop = True
+
+        self._stop = False
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def add(sums: dict[str, float], more: dict[str, float]) -> None:
-    for name, value in more.items():
-        sums[name] = sums.get(name, 0) + value
+def _seed(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
-def means(sums: dict[str, float]) -> dict[str, float]:
-    result = {
-        "mlm_loss": sums["mlm_loss"] / sums["masked"],
-        "nsp_loss": sums["nsp_loss"] / sums["pairs"],
-        "mlm_accuracy": sums["mlm_correct"] / sums["masked"],
-        "nsp_accuracy": sums["nsp_correct"] / sums["pairs"],
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _means(sums: list[float]) -> dict[str, float]:
+    mlm_loss, words, nsp_loss, nexts, masked, pairs, _ = sums
+    mlm_loss, nsp_loss = mlm_loss / max(1.0, masked), nsp_loss / pairs
+    return {
+        "loss": mlm_loss + nsp_loss,
+        "mlm_loss": mlm_loss,
+        "nsp_loss": nsp_loss,
+        "mlm_accuracy": words / max(1.0, masked),
+        "nsp_accuracy": nexts / pairs,
     }
-    if "steps" in sums:
-        result["grad_norm"] = sums["grad_norm"] / sums["steps"]
-    return {"loss": result["mlm_loss"] + result["nsp_loss"], **result}

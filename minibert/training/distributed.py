@@ -1,0 +1,123 @@
+"""One process or many: `torchrun`'s process group, DDP and FSDP2, and a training state that does not depend on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from minibert.training.objective import PretrainingLoss
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` of them."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes; in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Join the other processes if `torchrun` started this one, and leave them at the end. Uses GPUs where there are."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        yield World(device=torch.device("cuda" if cuda else "cpu"))
+        return
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    # Hours, because the others wait while the first process tokenizes the corpus
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(loss: PretrainingLoss, world: World, *, fsdp: bool) -> nn.Module:
+    """The loss as all processes compute it together: replicated (DDP), or with parameters sharded layer by layer."""
+    loss.to(world.device)
+    if fsdp:
+        if world.size == 1:
+            raise ValueError(
+                "fsdp shards the parameters over several processes, but this is the only one: use torchrun"
+            )
+        mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+        for layer in loss.model.bert.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(loss, mesh=mesh)
+    return DistributedDataParallel(loss) if world.size > 1 else loss
+
+
+def set_sync(module: nn.Module, sync: bool) -> None:
+    """Whether the next backward pass adds up gradients over processes: only the last of an accumulated step does."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(sync)
+    elif isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = sync
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of the tensor on the CPU, put together from all processes if it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to("cpu", copy=True)
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Write a whole tensor into `target`, each process its shard."""
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Each parameter with its optimizer state, by the parameter's name; whole tensors, the same for any `World`."""
+    return {
+        name: {"value": whole(parameter), **{key: whole(value) for key, value in optimizer.state[parameter].items()}}
+        for name, parameter in model.named_parameters()
+    }
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
+    """The inverse of `state_of`."""
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != state.keys():
+        different = sorted(parameters.keys() ^ state.keys())
+        raise ValueError(f"the checkpoint is of another architecture: {', '.join(different[:5])} ... differ")
+    for name, parameter in parameters.items():
+        values = dict(state[name])
+        if values["value"].shape != parameter.shape:
+            raise ValueError(f"{name}: {tuple(values['value'].shape)} in the checkpoint, {tuple(parameter.shape)} here")
+        put(parameter, values.pop("value"))
+        for key, value in values.items():
+            if value.ndim == 0:
+                optimizer.state[parameter][key] = value
+            else:
+                optimizer.state[parameter][key] = torch.zeros_like(parameter)
+                put(optimizer.state[parameter][key], value)
