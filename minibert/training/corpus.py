@@ -20,7 +20,7 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
@@ -177,14 +177,16 @@ def _checked(files: Iterable[str | os.PathLike]) -> list[Path]:
 def _blocks(paths: list[Path], size: int, progress: tqdm | None = None) -> Iterator[_Block]:
     """Cut files into blocks of about `size` bytes, at blank lines."""
     for path in paths:
-        first_line, rest, done = 1, b"", 0
+        first_line, rest, done, found = 1, b"", 0, False
         with path.open("rb") as raw:
             stream = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, lambda file, _: file)(raw, "rb")
             while data := _read(stream, size, path):
                 rest += data
                 end = _document_end(rest, size)
                 if end:
-                    yield _Block(path, first_line, rest[:end])
+                    if rest[:end].strip():
+                        found = True
+                        yield _Block(path, first_line, rest[:end])
                     first_line += rest.count(b"\n", 0, end)
                     rest = rest[end:]
                 if progress is not None:
@@ -192,7 +194,7 @@ def _blocks(paths: list[Path], size: int, progress: tqdm | None = None) -> Itera
                     done = raw.tell()
         if rest.strip():
             yield _Block(path, first_line, rest)
-        elif first_line == 1:
+        elif not found:
             raise ValueError(f"{path} holds no text")
 
 
@@ -346,17 +348,10 @@ def build_corpus(
     (directory / "corpus.json").unlink(missing_ok=True)
     key = hashlib.sha256(f"{FORMAT} {lowercase} {prose} ".encode() + vocab_file.read_bytes()).hexdigest()
     dtype = "uint16" if len(pieces) <= 1 << 16 else "uint32"
-    with (
-        tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, disable=not progress) as bar,
-        ProcessPoolExecutor(
-            num_workers or os.cpu_count(),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(str(vocab_file), lowercase),
-        ) as workers,
-    ):
-        jobs = ((block, prose, directory, i, dtype, key) for i, block in enumerate(_blocks(paths, BLOCK_BYTES, bar)))
-        shards = list(_in_order(workers, _write_shard, jobs, ahead=workers._max_workers + 1))
+    with tqdm(total=sum(p.stat().st_size for p in paths), unit="B", unit_scale=True, disable=not progress) as bar:
+        blocks = _blocks(paths, BLOCK_BYTES, bar)
+        jobs = ((block, prose, directory, i, dtype, key) for i, block in enumerate(blocks))
+        shards = list(_in_parallel(_write_shard, jobs, num_workers or os.cpu_count(), (str(vocab_file), lowercase)))
     report = CorpusReport(**{f.name: sum(s[f.name] for s in shards) for f in fields(CorpusReport)})
     _check(report, paths)
     shutil.copyfile(vocab_file, directory / "vocab.txt")
@@ -375,15 +370,21 @@ def build_corpus(
     return Corpus(directory)
 
 
-def _in_order(workers: Executor, function: Callable, jobs: Iterable[tuple], ahead: int) -> Iterator:
-    """Results in the order of `jobs`, with at most `ahead` of them under way: what is read ahead stays bounded."""
-    running: deque[Future] = deque()
-    for job in jobs:
-        running.append(workers.submit(function, *job))
-        if len(running) >= ahead:
+def _in_parallel(function: Callable, jobs: Iterable[tuple], processes: int, initial: tuple) -> Iterator[Any]:
+    """Results in the order of `jobs`. A job more than there are processes is read ahead, so that memory stays flat."""
+    if processes == 1:
+        _start_worker(*initial)
+        yield from (function(*job) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
+    with ProcessPoolExecutor(processes, context, _start_worker, initial) as workers:
+        running: deque[Future] = deque()
+        for job in jobs:
+            running.append(workers.submit(function, *job))
+            if len(running) > processes:
+                yield running.popleft().result()
+        while running:
             yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
 
 
 def _check(report: CorpusReport, paths: list[Path]) -> None:

@@ -74,7 +74,7 @@ def plan_pairs(corpus: Corpus, documents: np.ndarray, rules: PairRules, rng: np.
     they fill an example, a random number of them (at least one) is segment A; B is the rest, or as many tokens from a
     random place of another random document, and then the rest is left for the next example. Two differences, to get
     the shares that the paper states: the length is drawn for each example instead of once a document (a third of the
-    examples would be short), and a single sentence left at the end makes a pair only when the coin says "random".
+    examples would be short), and a single sentence left at the end makes no pair (it could only be a random one).
 
     All documents advance together, one example a round.
     """
@@ -93,11 +93,11 @@ def plan_pairs(corpus: Corpus, documents: np.ndarray, rules: PairRules, rng: np.
         a_stop = at + 1 + (u[3] * (count - 1)).astype(np.int64)
         a, a_length = sentences[at], sentences[a_stop] - sentences[at]
         b, b_length = sentences[a_stop], sentences[stop] - sentences[a_stop]
-        wanted = np.where(count > 1, np.minimum(target - a_length, b_length), target - a_length)
-        other_b, other_length = _random_segments(corpus, own, np.maximum(wanted, 1), u[4], u[5])
+        wanted = np.maximum(1, np.minimum(target - a_length, b_length))  # lengths must not give random pairs away
+        other_b, other_length = _random_segments(corpus, own, wanted, u[4], u[5])
         b, b_length = np.where(not_next, other_b, b), np.where(not_next, other_length, b_length)
 
-        used = (count > 1) | not_next
+        used = count > 1
         pairs = np.zeros(int(used.sum()), PAIR)
         values = {"a": a, "b": b, "a_length": a_length, "b_length": b_length, "not_next": not_next, "short": short}
         for name, value in values.items():
