@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ class Stored:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the tensor's bytes as stored, little-endian and in row-major order."""
-        return hashlib.sha256(_bytes(read([self])[0])).hexdigest()
+        raw = self if self.in_memory is not None else replace(self, dtype=torch.uint8, shape=(self.nbytes,))
+        return hashlib.sha256(_bytes(read([raw])[0])).hexdigest()
 
 
 def open_files(paths: Iterable[Path]) -> dict[str, Stored]:
@@ -391,41 +392,54 @@ def compare(
         new_heads: beginnings of names; a head that is wholly absent may be newly initialised.
         prefix: of the encoder in the model.
 
-    Raises ValueError listing every tensor of the wrong shape or type; every tie that the file contradicts.
+    Raises ValueError listing every tensor of the wrong shape or type, or a tie that the file contradicts.
     """
-    sources = rename_all(stored, prefix)
-    reports = {}
+    names = rename_all(stored, prefix)
+    found = {name: stored[source] for name, source in names.items()}
+    aliases = {alias: found.pop(alias, None) for alias in tied}
     for alias, owner in tied.items():
-        if alias in sources and owner not in sources:
-            sources[owner] = sources.pop(alias)
-        elif alias in sources and not same_bytes(stored[sources[alias]], stored[sources[owner]]):
-            raise ValueError(
-                f"{stored[sources[alias]].file}: {sources[alias]} differs from {sources[owner]}, but in BERT they are "
-                "one parameter"
-            )
-        if alias in shapes:
-            there = stored[sources.pop(alias)] if alias in sources else None
-            reports[alias] = TensorReport(alias, "tied alias", shapes[alias], there)
-    wrong = []
+        if owner not in found and aliases[alias] is not None:  # stored under its other name only
+            found[owner] = aliases[alias]
+            aliases[alias] = None
+    parameters = {name: shape for name, shape in shapes.items() if name not in tied}
+    _check_fit({name: found[name] for name in parameters if name in found}, parameters)
+    for alias, owner in tied.items():
+        _check_tie(aliases[alias], found.get(owner))
+    absent = tuple(head for head in new_heads if not any(name.startswith(head) for name in parameters.keys() & found))
+    reports = []
     for name, shape in shapes.items():
-        if name in reports:
-            continue
-        if name not in sources:
-            reports[name] = TensorReport(name, "missing", shape)
-            continue
-        found = stored[sources[name]]
-        reports[name] = TensorReport(name, "loaded" if found.name == name else "renamed", shape, found)
-        if found.shape != shape or found.dtype not in WEIGHT_DTYPES:
-            wrong.append(f"{found.name} is {found.shape} of {found.dtype} in {found.file.name}, the model has {shape}")
+        if name in tied:
+            reports.append(TensorReport(name, "tied alias", shape, aliases[name]))
+        elif name in found:
+            status = "loaded" if found[name].name == name else "renamed"
+            reports.append(TensorReport(name, status, shape, found[name]))
+        else:
+            status = "newly initialised" if name.startswith(absent) else "missing"
+            reports.append(TensorReport(name, status, shape))
+    for name, extra in found.items():
+        if name not in parameters:
+            expected = name.startswith(_OTHER_HEADS) or is_buffer(name)
+            status = "expected extra" if expected else "unexpected"
+            reports.append(TensorReport(name, status, extra.shape, extra))
+    return LoadReport(tuple(reports))
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is one that older versions stored, but that is computed and no parameter."""
+    return name.endswith(_BUFFERS)
+
+
+def _check_fit(found: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = [
+        f"{tensor.name} is {tensor.shape} of {tensor.dtype}, not {shapes[name]} of a floating-point type"
+        for name, tensor in found.items()
+        if tensor.shape != shapes[name] or tensor.dtype not in WEIGHT_DTYPES
+    ]
     if wrong:
-        raise ValueError("the checkpoint does not fit the config: " + "; ".join(wrong))
-    absent = {head for head in new_heads if not any(name.startswith(head) and name in sources for name in shapes)}
-    for name, report in reports.items():
-        if report.status == "missing" and name.startswith(tuple(absent)):
-            reports[name] = TensorReport(name, "newly initialised", report.shape)
-    for name, source in sources.items():
-        if name not in reports:
-            extra = name.startswith(_OTHER_HEADS) or name.endswith(_BUFFERS)
-            status = "expected extra" if extra else "unexpected"
-            reports[name] = TensorReport(name, status, stored[source].shape, stored[source])
-    return LoadReport(tuple(reports.values()))
+        file = next(iter(found.values())).file
+        raise ValueError(f"{file} does not fit the model that the config describes: {'; '.join(wrong)}")
+
+
+def _check_tie(alias: Stored | None, owner: Stored | None) -> None:
+    if alias is not None and owner is not None and not same_bytes(alias, owner):
+        raise ValueError(f"{alias.file}: {alias.name} differs from {owner.name}, but in BERT they are one parameter")

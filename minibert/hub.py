@@ -52,17 +52,22 @@ def is_reachable(seconds: float = 5.0) -> bool:
     return True
 
 
-def fetch(name_or_path: str | os.PathLike, filename: str, **where: Any) -> Path | None:
+def fetch(name_or_path: str | os.PathLike | Source, filename: str, **where: Any) -> Path | None:
     """Local path of one file of a model, downloaded if need be; None when the model has no such file.
 
     `where` is the keyword arguments of `Source`, which lists the errors.
     """
-    return Source(name_or_path, **where).file(filename)
+    return as_source(name_or_path, **where).file(filename)
 
 
-def fetch_weights(name_or_path: str | os.PathLike, **where: Any) -> list[Path]:
+def fetch_weights(name_or_path: str | os.PathLike | Source, **where: Any) -> list[Path]:
     """Local paths of the files that hold the weights of a model, in one format (see `Source.weights`)."""
-    return Source(name_or_path, **where).weights()
+    return as_source(name_or_path, **where).weights()
+
+
+def as_source(name_or_path: str | os.PathLike | Source, **where: Any) -> Source:
+    """A Source as it is, anything else as the Source of that name."""
+    return name_or_path if isinstance(name_or_path, Source) else Source(name_or_path, **where)
 
 
 class Source:

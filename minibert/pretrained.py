@@ -7,9 +7,11 @@ import json
 import logging
 import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minibert import checkpoint, hub
@@ -17,6 +19,8 @@ from minibert.checkpoint import LoadReport
 from minibert.config import BertConfig
 
 logger = logging.getLogger("minibert")
+
+_WHERE = ("revision", "cache_dir", "local_files_only", "token")
 
 T = TypeVar("T", bound="Pretrained")
 
@@ -32,7 +36,7 @@ class Pretrained:
     @classmethod
     def from_pretrained(
         cls: type[T],
-        name_or_path: str | os.PathLike,
+        name_or_path: str | os.PathLike | hub.Source,
         *,
         config: BertConfig | None = None,
         revision: str | None = None,
@@ -60,39 +64,55 @@ class Pretrained:
             ValueError: the config or the weights are damaged, contradict each other, or lack a tensor.
             TypeError: an argument that the class does not have.
         """
-        source = hub.Source(
+        source = hub.as_source(
             name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
-        options = {name: changes.pop(name) for name in _options(cls) if name in changes}
-        if config is None:
-            config = _load_config(cls.config_class, source, changes)
-        elif changes:
-            raise TypeError(f"give either config or its fields ({', '.join(changes)}), not both")
         dtype = as_dtype(dtype)
-        stored = checkpoint.open_files(source.weights())
-        with torch.device("meta"), _Uninitialised():
-            model = cls(config, **options)  # has sizes, but no memory; what is read takes the place of its parameters
-        report = model._compare(stored, source.name)
+        model, report = cls._prepare(source, config, changes)
+        if missing := report.named("missing"):
+            raise ValueError(f"{source.name} lacks weights of {cls.__name__}: {', '.join(missing)}{_hint(cls, report)}")
         model._fill(report, dtype, torch.device(device or "cpu"))
         _notify(cls.__name__, source.name, report)
         return (model.eval(), report) if output_loading_info else model.eval()
 
-    def _compare(self, stored: dict[str, checkpoint.Stored], name: str) -> LoadReport:
-        """Match what is stored with the parameters. Raises ValueError listing all that is missing."""
+    @classmethod
+    def inspect_pretrained(
+        cls: type[T],
+        name_or_path: str | os.PathLike | hub.Source,
+        *,
+        config: BertConfig | None = None,
+        **where_and_changes: Any,
+    ) -> tuple[T, LoadReport]:
+        """What `from_pretrained` would make of a checkpoint: the model, without memory, and the report.
+
+        Takes the same arguments, except for `dtype`, `device` and `output_loading_info`. Missing weights are in the
+        report, and no error.
+        """
+        where = {name: where_and_changes.pop(name) for name in _WHERE if name in where_and_changes}
+        return cls._prepare(hub.as_source(name_or_path, **where), config, where_and_changes)
+
+    @classmethod
+    def _prepare(
+        cls: type[T], source: hub.Source, config: BertConfig | None, changes: dict[str, Any]
+    ) -> tuple[T, LoadReport]:
+        """Build the model without memory, and match its parameters with what is stored."""
+        options = {name: changes[name] for name in _options(cls) if name in changes}
+        changes = {name: value for name, value in changes.items() if name not in options}
+        if config is None:
+            config = load_config(cls.config_class, source, changes)
+        elif changes:
+            raise TypeError(f"give either config or its fields ({', '.join(changes)}), not both")
+        stored = checkpoint.open_files(source.weights())
+        with torch.device("meta"), _Uninitialised():
+            model = cls(config, **options)  # has sizes only; what is read takes the place of its parameters
         report = checkpoint.compare(
             stored,
-            {key: tuple(value.shape) for key, value in self.state_dict().items()},
-            tied=self.tied_weights,
-            new_heads=self.new_heads,
-            prefix=f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else "",
+            {key: tuple(value.shape) for key, value in model.state_dict().items()},
+            tied=cls.tied_weights,
+            new_heads=cls.new_heads,
+            prefix=f"{cls.base_model_prefix}." if hasattr(model, cls.base_model_prefix) else "",
         )
-        missing = report.named("missing")
-        if missing:
-            hint = ""
-            if "add_pooling_layer" in _options(type(self)) and all(key.startswith("pooler.") for key in missing):
-                hint = "; if you do not need pooler_output, load with add_pooling_layer=False"
-            raise ValueError(f"{name} lacks weights of {type(self).__name__}: {', '.join(missing)}{hint}")
-        return report
+        return model, report
 
     def _fill(self, report: LoadReport, dtype: torch.dtype | None, device: torch.device) -> None:
         """Put the stored tensors in the place of the empty ones, tie, and initialise new heads."""
@@ -124,12 +144,23 @@ class Pretrained:
         Raises NotADirectoryError if `directory` is a file; OSError if it cannot be written, and then nothing has
         changed; ValueError for a size that cannot be understood.
         """
-        config = {**self.config.to_dict(), "architectures": [type(self).__name__]}
         tensors = {name: tensor for name, tensor in self.state_dict().items() if name not in self.tied_weights}
-        config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         with hub.replacing(directory, stale=checkpoint.is_shard) as staging:
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            checkpoint.write(staging, tensors, max_shard_size)
+            write_model(staging, type(self).__name__, self.config, tensors, max_shard_size)
+
+
+def write_model(
+    directory: Path,
+    architecture: str,
+    config: BertConfig,
+    tensors: dict[str, Tensor],
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write config.json and the weights of a model of the class `architecture`."""
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    values = {**config.to_dict(), "architectures": [architecture], "dtype": dtype}
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    checkpoint.write(directory, tensors, max_shard_size)
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -141,7 +172,7 @@ class _Uninitialised(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.startswith("_"):
+        if name.endswith("_") and not name.startswith("_") and name != "requires_grad_":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
@@ -163,7 +194,8 @@ def _options(cls: type) -> list[str]:
     return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "config")]
 
 
-def _load_config(config_class: type[BertConfig], source: hub.Source, changes: dict[str, Any]) -> BertConfig:
+def load_config(config_class: type[BertConfig], source: hub.Source, changes: dict[str, Any]) -> BertConfig:
+    """The config of a model, with changed fields. Raises TypeError for a change that is none of its fields."""
     known = [field.name for field in fields(config_class)]
     unknown = [name for name in changes if name not in known]
     if unknown:
@@ -174,10 +206,21 @@ def _load_config(config_class: type[BertConfig], source: hub.Source, changes: di
     return config_class.from_pretrained(path.parent, **changes)
 
 
+def _hint(cls: type[Pretrained], report: LoadReport) -> str:
+    """What may explain missing weights."""
+    missing, unexpected = report.named("missing"), report.named("unexpected")
+    if "add_pooling_layer" in _options(cls) and all(name.startswith("pooler.") for name in missing):
+        return "; if you do not need pooler_output, load with add_pooling_layer=False"
+    return f"; it has what no BERT class has: {_shortened(unexpected)}" if unexpected else ""
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _notify(model: str, name: str, report: LoadReport) -> None:
     """At most one line each about a new head and about tensors that no BERT class knows."""
     if new := report.named("newly initialised"):
         logger.warning("%s from %s: %s start untrained; train them before use", model, name, ", ".join(new))
     if unexpected := report.named("unexpected"):
-        shown = ", ".join(unexpected[:5]) + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
-        logger.warning("%s from %s: not used, and of no BERT class: %s", model, name, shown)
+        logger.warning("%s from %s: not used, and of no BERT class: %s", model, name, _shortened(unexpected))
