@@ -13,6 +13,7 @@ import math
 import mmap
 import re
 import warnings
+import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -107,8 +108,10 @@ def _locate(path: Path, name: str, entry: dict[str, Any], start: int, size: int)
 
 def _open_pickle(path: Path) -> list[Stored]:
     with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
+        is_zip = file.read(4) == b"PK\x03\x04"  # since torch 1.6; it can be mapped
     try:
+        if is_zip:
+            _check_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch on storage types that old files use
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -134,6 +137,21 @@ def _open_pickle(path: Path) -> list[Stored]:
         Stored(path, name, tensor.dtype, tuple(tensor.shape), tensor.nbytes, in_memory=tensor.detach())
         for name, tensor in content.items()
     ]
+
+
+def _check_zip(path: Path) -> None:
+    """Compare the content of an archive with its checksums, which torch.load does not, and refuse compression.
+
+    Raises zipfile.BadZipFile and others.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{entry.filename} is compressed, which torch.save never does")
+            if entry.CRC:  # torch can be told to leave it out
+                with archive.open(entry) as content:
+                    while content.read(1 << 20):
+                        pass
 
 
 def read(tensors: Collection[Stored]) -> list[Tensor]:
@@ -304,9 +322,11 @@ def as_bytes(size: int | str) -> int:
 
     Raises ValueError for anything else.
     """
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B|)", str(size).strip().upper())
-    if isinstance(size, bool) or not match or not (number := int(float(match[1]) * units[match[2]])):
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    text = str(size).strip().upper()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B)", text)
+    number = int(text) if text.isdecimal() else int(float(match[1]) * units[match[2]]) if match else 0
+    if not number:
         raise ValueError(f"max_shard_size={size!r}: must be a number of bytes, or a string such as '500MB' or '5GB'")
     return number
 
