@@ -177,32 +177,31 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a directory or a name on the Hub; default: the bundled model")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--tensors", action="store_true", help="list every tensor: status, type, shape, hash")
-    parser.add_argument(
-        "--head", help="look at it as this class, such as BertForMaskedLM (default: what it was saved as)"
-    )
+    parser.add_argument("--head", help="look at it with this head (see convert; default: what it was saved as)")
     parser.add_argument("--json", action="store_true", help="print JSON, with all tensors")
 
 
 def run_inspect(arguments: Arguments) -> None:
     """What a checkpoint holds: the tree of modules, parameters, and what became of each tensor."""
-    from minibert.config import BertConfig
+    from minibert.convert import inspect
 
     name = chosen_model(arguments)
-    config = BertConfig.from_pretrained(name, revision=arguments.revision)
-    kind = head_class(arguments.head or (config.architectures or ["BertModel"])[0])
-    model, report = kind.from_pretrained(name, revision=arguments.revision, output_loading_info=True)
+    model, report = inspect(name, arguments.head, revision=arguments.revision)
     statuses = dict.fromkeys(tensor.status for tensor in report.tensors)
     counts = {status: len(report.named(status)) for status in statuses}
+    dtypes = sorted(
+        {str(tensor.dtype).removeprefix("torch.") for tensor in report.tensors if tensor.status == "loaded"}
+    )
     result: dict[str, Any] = {
         "model": str(name),
-        "class": kind.__name__,
+        "class": type(model).__name__,
         "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "config": config.to_dict(),
+        "dtypes": dtypes,
+        "config": model.config.to_dict(),
         "counts": counts,
     }
-    lines = [repr(model), "", f"{model.num_parameters():,} parameters, {result['dtype']}"]
-    lines += [", ".join(f"{count} {status}" for status, count in counts.items()) + " tensors"]
+    lines = [repr(model), "", f"{model.num_parameters():,} parameters, stored as {' and '.join(dtypes)}"]
+    lines += ["tensors: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
     if arguments.json or arguments.tensors:
         result["tensors"] = report.to_dict()
         rows = [
@@ -214,14 +213,49 @@ def run_inspect(arguments: Arguments) -> None:
     show(arguments, result, lines)
 
 
-def head_class(name: str) -> Any:
-    """The model class of a name, as a config's `architectures` has it."""
-    import minibert
+# convert
 
-    known = [name for name in minibert.__all__ if name == "BertModel" or name.startswith("BertFor")]
-    if name not in known:
-        raise ValueError(f"{name!r} is no model of minibert: there are {', '.join(known)}")
-    return getattr(minibert, name)
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a directory or a name on the Hub")
+    parser.add_argument("out_dir", metavar="OUT_DIR", help="the directory to write; what was there is replaced whole")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16; default: as in the source")
+    parser.add_argument("--head", help="keep this head only: encoder, pretraining, masked-lm, next-sentence, ...")
+    parser.add_argument("--verify", action="store_true", help="compare all outputs with transformers' (if installed)")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
+def run_convert(arguments: Arguments) -> None:
+    """Write any BERT checkpoint anew: config.json, safetensors with today's names, tokenizer files."""
+    from minibert.convert import convert
+
+    report = convert(
+        arguments.source,
+        arguments.out_dir,
+        dtype=arguments.dtype,
+        head=arguments.head,
+        verify=arguments.verify,
+        revision=arguments.revision,
+    )
+    kept, renamed = len(report.named("loaded", "renamed")), len(report.named("renamed"))
+    verified = ", outputs verified to be equal" if arguments.verify else ""
+    print(f"{arguments.out_dir}: {kept} tensors of the model, {renamed} of them renamed{verified}")
+
+
+# pretrain
+
+
+def add_pretrain(parser: argparse.ArgumentParser) -> None:
+    from minibert.training.command import add_arguments
+
+    add_arguments(parser)
+
+
+def run_pretrain(arguments: Arguments) -> None:
+    """Pretrain a model with masked words and next sentences on text files, from scratch or from a checkpoint."""
+    from minibert.training.command import run
+
+    run(arguments)
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[Arguments], None]]] = {
@@ -230,4 +264,6 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[A
     "next-sentence": (add_next_sentence, run_next_sentence),
     "pretraining-loss": (add_pretraining_loss, run_pretraining_loss),
     "inspect": (add_inspect, run_inspect),
+    "convert": (add_convert, run_convert),
+    "pretrain": (add_pretrain, run_pretrain),
 }

@@ -82,6 +82,17 @@ def convert(
     return report
 
 
+def inspect(source: str | os.PathLike, head: str | None = None, **where: Any) -> tuple[BertPreTrainedModel, LoadReport]:
+    """The model that a checkpoint holds, without its weights, and what would become of each tensor.
+
+    head: one of `HEADS`; default what the checkpoint was saved as. Errors are those of `convert`.
+    """
+    if head is not None and head not in HEADS:
+        raise ValueError(f"head={head!r}: must be one of {', '.join(HEADS)}")
+    origin = hub.as_source(source, **where)
+    return _choose(origin, load_config(BertConfig, origin, {}), head)
+
+
 def _is_ours(name: str) -> bool:
     """Whether a file left by an earlier conversion would be read together with the new ones."""
     return checkpoint.is_shard(name) or name in (*TOKENIZER_FILES, *_POOLING_FILES)

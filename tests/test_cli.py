@@ -66,7 +66,7 @@ def test_inspect(capsys, model_dir):
     text = run(capsys, "inspect", model_dir, "--tensors")
     assert "(word_embeddings): Embedding(30522, 16, padding_idx=0)" in text
     assert "tied alias" in text
-    result = json.loads(run(capsys, "inspect", model_dir, "--json", "--head", "BertModel"))
+    result = json.loads(run(capsys, "inspect", model_dir, "--json", "--head", "encoder"))
     assert result["class"] == "BertModel"
     assert result["counts"]["expected extra"] == 7  # the two heads
     assert all(len(tensor["sha256"]) == 64 for tensor in result["tensors"])
@@ -85,7 +85,7 @@ def test_the_three_flows(capsys, model_dir):
         (["fill-mask", "[MASK]", "--top-k", "0"], "top_k must be"),
         (["pretraining-loss", "a", "b", "--mask", "one"], "--mask 'one'"),
         (["pretraining-loss", "a", "b", "--mask", "99"], "mask position 99"),
-        (["inspect", "--head", "BertForMusic"], "BertForMusic"),
+        (["inspect", "--head", "music"], "head='music': must be one of encoder"),
     ],
 )
 def test_errors_are_one_line(capsys, model_dir, arguments, message):

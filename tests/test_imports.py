@@ -31,6 +31,8 @@ ARROWS: dict[str, set[str]] = {
     "tokenizer": {"hub", "encoding", "wordpiece"},
     "fast": {"model", "heads", "outputs", "inputs", "base", "config", "activations"},
     "pipelines": {"heads", "tokenizer", "fast", "hub"},
+    "convert": {"base", "checkpoint", "config", "heads", "hub", "model", "pretrained"},
+    "demo": {"heads", "hub", "pipelines", "tokenizer"},
     "training": {"heads", "tokenizer", "model", "config"},
 }
 LIMITS = {"config.py": 800, "model.py": 800, "heads.py": 800}  # lines, together
