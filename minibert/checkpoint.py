@@ -84,9 +84,9 @@ def _open_safetensors(path: Path) -> list[Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt"):  # checks the whole header: sizes, overlaps, gaps, range
-            pass
         with open(path, "rb") as file:
+            with safe_open(path, framework="pt"):  # checks the whole header: sizes, overlaps, gaps, range
+                pass
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
