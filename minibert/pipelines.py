@@ -14,8 +14,8 @@ from minibert import hub
 from minibert.heads import BertForMaskedLM, BertForNextSentencePrediction, NextSentence
 from minibert.tokenizer import BatchEncoding, BertTokenizer
 
-TOKENS_PER_BATCH = 4096  # padding included. More gains nothing on a CPU, and bounds memory on a GPU
-
+# A batch's tokens, padding included. On a CPU larger batches are slower: they leave the caches and hold more padding.
+TOKENS_PER_BATCH = {"cpu": 512, "gpu": 16384}
 PROPOSAL = ("score", "token", "token_str", "sequence")  # the fields of an answer to fill-mask
 
 Answer = Callable[[BatchEncoding], Sequence[Any]]  # a padded batch of rows -> one result a row
@@ -64,8 +64,8 @@ class Pipeline:
         for i, ids in enumerate(encoded["input_ids"]):
             if len(ids) > limit:
                 raise ValueError(
-                    f"inputs[{i}] has {len(ids)} tokens, the model takes {limit}: shorten it, or have it cut with "
-                    "tokenizer_kwargs={'truncation': True}"
+                    f"{_place(i, texts)} has {len(ids)} tokens, the model takes {limit}: shorten it, or have it cut "
+                    "with tokenizer_kwargs={'truncation': True}"
                 )
         return encoded
 
@@ -75,9 +75,10 @@ class Pipeline:
 
         lengths = [len(ids) for ids in encoded["input_ids"]]
         results: list[Any] = [None] * len(lengths)
+        tokens = TOKENS_PER_BATCH["cpu" if self.device.type == "cpu" else "gpu"]
         # On a terminal, and only when it takes longer than a moment
         with tqdm(total=len(lengths), desc=self.task, delay=3, disable=None, leave=False) as bar:
-            for rows in batches(lengths, TOKENS_PER_BATCH, self.batch_size if batch_size is None else batch_size):
+            for rows in batches(lengths, tokens, self.batch_size if batch_size is None else batch_size):
                 picked = {name: [column[row] for row in rows] for name, column in encoded.items()}
                 batch = self.tokenizer.pad(picked, return_tensors="pt").to(self.device)
                 with torch.inference_mode():
@@ -139,7 +140,7 @@ class FillMaskPipeline(Pipeline):
         for i, ids in enumerate(encoded["input_ids"]):
             if self.tokenizer.mask_token_id not in ids:
                 raise ValueError(
-                    f"inputs[{i}] has no {self.tokenizer.mask_token}"
+                    f"{_place(i, texts)} has no {self.tokenizer.mask_token}"
                     + (" left after truncation" if self.tokenizer.mask_token in texts[i] else f": {texts[i]!r:.80}")
                 )
         results = self._run(encoded, lambda batch: self._fill(batch, k, target_ids), batch_size)
@@ -168,7 +169,7 @@ class FillMaskPipeline(Pipeline):
         ids = [index for index in ids if index != pad]
         places = [place for place, index in enumerate(ids) if index == mask]
         proposals = []
-        for place, (scores, tokens) in zip(places, answers, strict=False):
+        for place, (scores, tokens) in zip(places, answers, strict=False):  # takes as many answers as there are places
             filled = [[*ids[:place], *[token] * (token != pad), *ids[place + 1 :]] for token in tokens]
             # Other masks are special tokens too, but their places shall be seen
             sequences = self.tokenizer.batch_decode(filled, skip_special_tokens=len(places) == 1)
@@ -298,6 +299,10 @@ def batches(lengths: Sequence[int], tokens: int, batch_size: int | None) -> Iter
         end = start + min(size, batch_size or size)
         yield order[start:end]
         start = end
+
+
+def _place(i: int, texts: Sequence[Any]) -> str:
+    return f"inputs[{i}]" if len(texts) > 1 else "inputs"
 
 
 def as_texts(inputs: Any, name: str = "inputs") -> tuple[list[str], bool]:

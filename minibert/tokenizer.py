@@ -84,6 +84,8 @@ class BertTokenizer:
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.name_or_path = name_or_path
 
+        if sum(given is not None for given in (vocab, vocab_file, tokenizer_object)) > 1:
+            raise ValueError("give one of vocab, vocab_file and tokenizer_object, not several")
         if tokenizer_object is None:
             tokenizer_object = wordpiece.new_backend(vocab_file if vocab is None else vocab, self.unk_token)
         self._tokenizer = tokenizer_object

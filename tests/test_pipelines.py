@@ -111,7 +111,7 @@ def test_targets_beyond_the_vocabulary_are_told(fill_mask):
 
 def test_a_corpus_in_batches(fill_masks, corpus_dir):
     with lzma.open(corpus_dir / "validation.txt.xz", "rt", encoding="utf-8") as file:
-        lines = [line.split() for line in file if 2 < len(line.split()) < 30][:60]
+        lines = [line.split() for line in file if 2 < len(line.split()) < 30][:25]
     texts = [" ".join([*words[: len(words) // 2], "[MASK]", *words[len(words) // 2 + 1 :]]) for words in lines]
     ours, theirs = fill_masks
     assert same(ours(texts), theirs(texts))
@@ -220,7 +220,7 @@ def test_batches_hold_every_row_once_within_the_budget(lengths, tokens, batch_si
 
 def test_small_batches_give_the_same_results(fill_mask, monkeypatch):
     expected = fill_mask(SENTENCES * 3)
-    monkeypatch.setattr(pipelines, "TOKENS_PER_BATCH", 10)
+    monkeypatch.setitem(pipelines.TOKENS_PER_BATCH, "cpu", 10)
     assert same(fill_mask(SENTENCES * 3), expected)
 
 
@@ -289,9 +289,9 @@ def test_no_model_is_the_bundled_one(monkeypatch, fill_mask, tmp_path):
     [
         (None, {}, TypeError, "inputs must be a str or a list of str, got NoneType"),
         (["[MASK]", 5], {}, TypeError, r"inputs\[1\] must be a str, got int"),
-        ("no mask", {}, ValueError, r"inputs\[0\] has no \[MASK\]: 'no mask'"),
+        ("no mask", {}, ValueError, r"inputs has no \[MASK\]: 'no mask'"),
         (["[MASK]", "[mask]"], {}, ValueError, r"inputs\[1\] has no \[MASK\]: '\[mask\]'"),
-        ("a " * 63 + "[MASK]", {}, ValueError, r"inputs\[0\] has 66 tokens, the model takes 64.*'truncation': True"),
+        ("a " * 63 + "[MASK]", {}, ValueError, r"inputs has 66 tokens, the model takes 64.*'truncation': True"),
         ("a " * 63 + "[MASK]", {"tokenizer_kwargs": {"truncation": True}}, ValueError, "left after truncation"),
         ("[MASK]", {"top_k": 30523}, ValueError, "top_k must be a whole number from 1 to the vocabulary's 30522, got"),
         ("[MASK]", {"top_k": 2.0}, ValueError, "top_k.*got 2.0"),
@@ -323,7 +323,7 @@ def test_no_texts_give_no_answers(fill_mask):
         (("a", ["b"]), ValueError, "inputs has 1 texts and text_pair 1: give both alone or as lists"),
         ((["a"], ["b", "c"]), ValueError, "inputs has 1 texts and text_pair 2"),
         (("a", 5), TypeError, "text_pair must be a str"),
-        (("a", "b " * 70), ValueError, r"inputs\[0\] has 74 tokens"),
+        (("a", "b " * 70), ValueError, r"inputs has 74 tokens"),
     ],
     ids=lambda value: ascii(value)[:50],
 )

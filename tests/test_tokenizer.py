@@ -370,6 +370,12 @@ def test_alignment_is_of_the_tokens_at_the_time_of_the_call(minilm_dir):
     assert tokenizer("a newword").tokens() == ["[CLS]", "a", "newword", "[SEP]"]
 
 
+def test_tokenizer_pickles(ours):
+    for again in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert_same(again(TEXTS, PAIRS, padding=True), ours(TEXTS, PAIRS, padding=True))
+        assert repr(again) == repr(ours)
+
+
 def test_threads_do_not_disturb_each_other(ours):
     texts = [LONG * k for k in range(1, 40)]
     expected = [ours(text, truncation=True, max_length=3 + k)["input_ids"] for k, text in enumerate(texts)]

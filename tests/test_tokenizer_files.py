@@ -170,6 +170,7 @@ def test_add_tokens(minilm_dir):
         ({"tokenizer__json": "{}"}, {}, ValueError, "tokenizer.json cannot be read"),
         ({"tokenizer__json": Tokenizer(BPE()).to_str()}, {}, ValueError, "holds a BPE model"),
         ({"vocab__txt": LOWER}, {"lower": True}, TypeError, "lower"),
+        ({"vocab__txt": LOWER}, {"vocab_file": "other.txt"}, ValueError, "give one of vocab, vocab_file"),
         ({"vocab__txt": LOWER}, {"padding_side": "up"}, ValueError, "padding_side must be one of"),
     ],
     ids=lambda value: ascii(value)[:50],
