@@ -32,9 +32,13 @@ def optimize(model: BertPreTrainedModel, dtype: str | torch.dtype | None = None)
     name = NAMES.get(dtype, "int8" if dtype == torch.int8 else dtype)
     if name is not None and name not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be None or one of {', '.join(_DTYPES)}")
-    if model.device.type != "cpu":
-        raise ValueError(f"model is on {model.device}: optimize works on the CPU")
+    if model.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"model is on {model.device}: optimize works on the CPU and on CUDA GPUs")
     with torch.no_grad():
+        if model.device.type == "cuda":
+            from minibert.fast.cuda import on_cuda  # which a CPU has no use for
+
+            return on_cuda(model, name)
         return _on_cpu(model, cpu_plan(model, name))
 
 

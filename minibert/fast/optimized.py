@@ -93,11 +93,14 @@ class OptimizedModel(nn.Module):
             input_ids, kwargs["attention_mask"] = pad(input_ids, self.config.pad_token_id or 0)
         if positions is not None:
             self._check_positions(kwargs)
-        call = _Call(self, positions)
+        call = self._call(positions)
         if isinstance(self.model, BertModel):
             return call.bert(input_ids, **kwargs)
         # The head's own forward, with a stand-in for the model: its checks, its losses, its output record
         return type(self.model).forward(call, input_ids, **kwargs)
+
+    def _call(self, positions: Tensor | None) -> _Call:
+        return _Call(self, positions)
 
     def _check_positions(self, arguments: dict[str, Any]) -> None:
         if isinstance(self.model, POOLED_ONLY):
