@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--size", default="base", help="tiny, mini, small, medium, base (default) or large")
     start.add_argument("--layers", type=int, help="instead of the size's")
     start.add_argument("--hidden-size", type=int, help="instead of the size's; heads have 64 dimensions")
+    start.add_argument("--initializer-range", type=float, default=0.02, help="spread of new weights (0.02)")
     start.add_argument("--dropout", type=float, default=0.1, help="of hidden states and attention (0.1)")
     training = parser.add_argument_group("training")
     training.add_argument("--betas", type=float, nargs=2, metavar="B", help="AdamW's (0.9 0.999)")
@@ -158,6 +159,7 @@ def make_model(arguments: argparse.Namespace, corpus: Corpus, max_length: int, s
     if arguments.init:
         return BertForPreTraining.from_pretrained(arguments.init)
     changes = {"vocab_size": corpus.vocab_size, "max_position_embeddings": max_length}
+    changes["initializer_range"] = arguments.initializer_range
     changes |= {"hidden_dropout_prob": arguments.dropout, "attention_probs_dropout_prob": arguments.dropout}
     if arguments.layers:
         changes["num_hidden_layers"] = arguments.layers

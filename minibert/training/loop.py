@@ -195,7 +195,7 @@ class Run:
             [sum(b.masked for b in batches), sum(len(b.cls_positions) for b in batches), float(self._stop)],
             device=device,
         )
-        own = counts[:2].cpu()
+        own = counts[:2].to("cpu", copy=True)
         masked, pairs, stop = self.world.sum(counts).unbind()
         self._stop = bool(stop)  # all processes stop at the same step
         torch.manual_seed(_seed(self.rules.seed, self.step, self.world.rank))
