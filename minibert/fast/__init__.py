@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from minibert.base import BertPreTrainedModel
@@ -43,9 +45,9 @@ def optimize(model: BertPreTrainedModel, dtype: str | torch.dtype | None = None)
 
 
 def _on_cpu(model: BertPreTrainedModel, plan: Plan) -> OptimizedModel:
-    encoder = CpuEncoder(model.encoder_model, plan.linear, plan.activations)
+    encoder = CpuEncoder(model.encoder_model, plan.kernels)
     words = getattr(getattr(model, "cls", None), "predictions", None)
-    head = None if words is None else FastVocabularyHead(words, plan.linear, plan.activations)
+    head = None if words is None else FastVocabularyHead(words, plan.kernels)
     extra = encoder.nbytes + (0 if head is None else head.nbytes)
     receipt = f"memory: {extra / 2**20:.0f} MiB for the second copy of the weights"
-    return OptimizedModel(model, encoder, head, Plan(plan.dtype, plan.linear, (*plan.receipts, receipt)))
+    return OptimizedModel(model, encoder, head, replace(plan, receipts=(*plan.receipts, receipt)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from minibert.fast.attention import attend
 from minibert.fast.padding import Packing, Picked
 from minibert.model import BertLayer, BertModel
+
+# Activations bounded below by -0.17, as GELU is
+GELUS = ("gelu", "gelu_new", "gelu_python", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh", "gelu_fast")
 
 
 class Linear(Protocol):
@@ -34,47 +38,64 @@ class Norm:
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """dtype: of what is stored between products. linear: for most products; after_gelu: for what follows the
+    activation; careful: for values and heads, where low precision costs most."""
+
+    dtype: torch.dtype
+    linear: type[Linear]
+    after_gelu: type[Linear]
+    careful: type[Linear]
+
+
 class FastLayer:
     """One BertLayer: four matrix products, each with what follows it fused in, two norms, one attention."""
 
-    def __init__(self, layer: BertLayer, linear: type[Linear], dtype: torch.dtype):
-        def convert(*modules: nn.Linear, activation: nn.Module | None = None) -> Linear:
-            weight = torch.cat([module.weight.detach() for module in modules]).to(dtype)
-            bias = torch.cat([module.bias.detach() for module in modules]).to(dtype)
+    def __init__(self, layer: BertLayer, kernels: Kernels):
+        def join(linear: type[Linear], *modules: nn.Linear, activation: nn.Module | None = None) -> Linear:
+            weight = torch.cat([module.weight.detach() for module in modules]).to(kernels.dtype)
+            bias = torch.cat([module.bias.detach() for module in modules]).to(kernels.dtype)
             return linear(weight, bias, activation)
 
         attention, own = layer.attention, layer.attention.self
         self.heads = own.query.out_features // own.attention_head_size
-        self.qkv = convert(own.query, own.key, own.value)
-        self.projection = convert(attention.output.dense)
-        self.attention_norm = Norm(attention.output.LayerNorm, dtype)
-        self.up = convert(layer.intermediate.dense, activation=layer.intermediate.intermediate_act_fn)
-        self.down = convert(layer.output.dense)
-        self.norm = Norm(layer.output.LayerNorm, dtype)
+        if kernels.linear is kernels.careful:
+            self.inputs = [join(kernels.linear, own.query, own.key, own.value)]
+        else:
+            self.inputs = [join(kernels.linear, own.query, own.key), join(kernels.careful, own.value)]
+        self.projection = join(kernels.linear, attention.output.dense)
+        self.attention_norm = Norm(attention.output.LayerNorm, kernels.dtype)
+        activation = layer.intermediate.intermediate_act_fn
+        self.up = join(kernels.linear, layer.intermediate.dense, activation=activation)
+        down = kernels.after_gelu if activation.name in GELUS else kernels.linear
+        self.down = join(down, layer.output.dense)
+        self.norm = Norm(layer.output.LayerNorm, kernels.dtype)
 
     @property
     def nbytes(self) -> int:
-        return sum(linear.nbytes for linear in (self.qkv, self.projection, self.up, self.down))
+        return sum(linear.nbytes for linear in (*self.inputs, self.projection, self.up, self.down))
 
     def __call__(
-        self, x_ND: Tensor, packing: Packing, wanted: Picked | None = None, maps_BHTT: Tensor | None = None
+        self, x_ND: Tensor, packing: Packing, picked: Picked | None = None, maps_BHTT: Tensor | None = None
     ) -> Tensor:
-        """(N, D) -> (N, D), or (M, D) for the M wanted tokens."""
-        per_row, residual = None, x_ND
-        if wanted is not None:
-            per_row, residual = wanted.per_row, x_ND.index_select(0, wanted.index)
-        context = attend(self.qkv(x_ND), packing, self.heads, per_row, maps_BHTT)
-        y_ND = self.attention_norm(self.projection.add(context, residual))
-        return self.norm(self.down.add(self.up(y_ND), y_ND))
+        """(N, D) -> (N, D), or (M, D) for the M picked tokens."""
+        D = x_ND.shape[1]
+        query, key, value = (part for linear in self.inputs for part in linear(x_ND).split(D, 1))
+        if picked is not None:
+            query, x_ND = query.index_select(0, picked.index), x_ND.index_select(0, picked.index)
+        context = attend(query, key, value, packing, self.heads, picked, maps_BHTT)
+        y_MD = self.attention_norm(self.projection.add(context, x_ND))
+        return self.norm(self.down.add(self.up(y_MD), y_MD))
 
 
 class CpuEncoder:
-    """The embeddings and layers of a BertModel. Another device's encoder has the same three methods."""
+    """The embeddings and layers of a BertModel. Another device's encoder has `dtype`, `nbytes`, `embed`, `encode`."""
 
-    def __init__(self, model: BertModel, linear: type[Linear], dtype: torch.dtype):
-        self.dtype = dtype
+    def __init__(self, model: BertModel, kernels: Kernels):
+        self.dtype = kernels.dtype
         self.embeddings = model.embeddings
-        self.layers = [FastLayer(layer, linear, dtype) for layer in model.encoder.layer]
+        self.layers = [FastLayer(layer, kernels) for layer in model.encoder.layer]
 
     @property
     def nbytes(self) -> int:
@@ -107,6 +128,7 @@ class CpuEncoder:
         """
         states, last = [x_ND], len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            wanted = picked if number == last else None
-            states.append(layer(states[-1], packing, wanted, None if maps is None else maps[number]))
+            states.append(
+                layer(states[-1], packing, picked if number == last else None, None if maps is None else maps[number])
+            )
         return states

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from minibert.base import BertPreTrainedModel
-from minibert.fast.encoder import CpuEncoder, Linear, Norm
-from minibert.fast.padding import Packing, Picked, pad, packing
+from minibert.fast.encoder import CpuEncoder, Kernels, Norm
+from minibert.fast.padding import Packing, Picked, packing, pad
 from minibert.fast.plan import Plan
 from minibert.heads import BertForMultipleChoice, BertForNextSentencePrediction, BertForSequenceClassification
 from minibert.inputs import check_inputs
 from minibert.model import BertModel
 from minibert.outputs import BaseModelOutput
-
 
 # Models whose only use of the last layer is the first token of each text
 POOLED_ONLY = (BertForMultipleChoice, BertForNextSentencePrediction, BertForSequenceClassification)
@@ -26,8 +25,8 @@ POOLED_ONLY = (BertForMultipleChoice, BertForNextSentencePrediction, BertForSequ
 class FastVocabularyHead:
     """The masked-language-model head on packed tokens: (N, D) -> (N, V)."""
 
-    def __init__(self, head: nn.Module, linear: type[Linear], dtype: torch.dtype):
-        dense, decoder = head.transform.dense, head.decoder
+    def __init__(self, head: nn.Module, kernels: Kernels):
+        dense, decoder, linear, dtype = head.transform.dense, head.decoder, kernels.careful, kernels.dtype
         self.transform = linear(dense.weight.to(dtype), dense.bias.to(dtype), head.transform.transform_act_fn)
         self.norm = Norm(head.transform.LayerNorm, dtype)
         self.decoder = linear(decoder.weight.to(dtype), decoder.bias.to(dtype))

@@ -7,100 +7,136 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from minibert.base import BertPreTrainedModel
-from minibert.fast.encoder import Linear
+from minibert.fast.encoder import Kernels, Linear
 from minibert.fast.onednn import PlainLinear, PrepackedLinear
-
-_ROWS = 256  # tokens in a probe: enough to be bound by arithmetic, little enough to take milliseconds
-_GAIN = 1.1  # a second copy of the weights must be faster by this much
-_LOSS = 1.5  # an explicitly requested dtype is refused when slower than float32 by this much
+from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+
+_ROWS = 256  # tokens in a probe: enough to be bound by arithmetic, little enough to take milliseconds
+_ROUNDS = 7
+_GAIN = 1.1  # a second copy of the weights must be faster by this much
+_LOSS = 1.5  # a dtype is refused when slower than float32 by this much
+_EMULATED = 20  # and is not even tried in full size when slower by this much in a small one: it could take minutes
+
+Contenders = dict[str, tuple[type[Linear], torch.dtype]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """dtype: what products are computed in, "int8" too. linear: the kernel. receipts: what was decided, and why."""
+    """dtype: what products are computed in, "int8" too. receipts: what was decided, and on what evidence."""
 
     dtype: str
-    linear: type[Linear]
+    kernels: Kernels
     receipts: tuple[str, ...]
-
-    @property
-    def activations(self) -> torch.dtype:
-        """What is stored between products."""
-        return torch.float32 if self.dtype == "int8" else getattr(torch, self.dtype)
 
     def explain(self) -> str:
         return "\n".join(self.receipts)
 
     def __str__(self) -> str:
-        return f"{self.dtype}, {self.linear.__name__}, {torch.get_num_threads()} threads"
+        return f"{self.dtype} on {self.kernels.linear.__name__}, {torch.get_num_threads()} threads"
 
 
-def gflops(linear: Linear, x: Tensor, flops: float, repeats: int = 7) -> float:
-    """10^9 operations a second, the best of a few calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        linear(x)
-        times.append(time.perf_counter() - start)
-    return flops / min(times) / 1e9
+@dataclass(frozen=True)
+class Speeds:
+    """GFLOP/s by name, "plain" being float32 as torch does it; for what is left out, the obstacle."""
+
+    measured: dict[str, float]
+    obstacles: dict[str, str]
+
+    def of(self, name: str) -> float:
+        return self.measured.get(name, 0.0)
+
+    @property
+    def float32(self) -> float:
+        return max(self.of("plain"), self.of("float32"))
+
+    def gains(self, name: str) -> bool:
+        """Is this clearly faster than float32?"""
+        return self.of(name) > _GAIN * self.float32
+
+    def receipts(self) -> list[str]:
+        lines = [f"{name}: {speed:.0f} GFLOP/s" for name, speed in self.measured.items()]
+        return lines + [f"{name}: {obstacle}" for name, obstacle in self.obstacles.items()]
 
 
-def probe(linear: type[Linear], dtype: torch.dtype, D: int, F: int) -> float:
-    """Speed of one kernel on random numbers in the shape of a feed-forward layer, in GFLOP/s."""
+def race(contenders: Contenders, D: int, F: int, rows: int) -> dict[str, float]:
+    """Speed of each kernel on random numbers in the shape of a feed-forward layer: GFLOP/s, the best of a few rounds.
+
+    In turn, so that whatever else the machine does meets all of them alike.
+    """
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(F, D, generator=generator).to(dtype)
-    x = torch.randn(_ROWS, D, generator=generator).to(dtype)
-    return gflops(linear(weight, torch.zeros(F, dtype=dtype)), x, 2 * _ROWS * D * F)
+    weight, x = torch.randn(F, D, generator=generator), torch.randn(rows, D, generator=generator)
+    runs = {name: (linear(weight.to(dtype), torch.zeros(F, dtype=dtype)), x.to(dtype))
+            for name, (linear, dtype) in contenders.items()}  # fmt: skip
+    best = dict.fromkeys(contenders, float("inf"))
+    for _ in range(_ROUNDS):
+        for name, (layer, inputs) in runs.items():
+            start = time.perf_counter()
+            layer(inputs)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: 2 * rows * D * F / seconds / 1e9 for name, seconds in best.items()}
+
+
+def measure(names: list[str], D: int, F: int) -> Speeds:
+    """The speeds of float32 and of the named dtypes on this CPU."""
+    contenders: Contenders = {"plain": (PlainLinear, torch.float32)}
+    if not torch.backends.mkldnn.is_available():
+        return Speeds(race(contenders, D, F, _ROWS), dict.fromkeys(names, "torch is built without oneDNN"))
+    contenders["float32"] = (PrepackedLinear, torch.float32)
+    has = {
+        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        "int8": lambda: True,
+    }
+    obstacles = {name: "oneDNN has no kernels for this CPU" for name in names if not has[name]()}
+    for name in names:
+        if name not in obstacles:
+            kernel = (Int8Linear, torch.float32) if name == "int8" else (PrepackedLinear, getattr(torch, name))
+            contenders[name] = kernel
+    small = race(contenders, 128, 128, rows=8)
+    for name in names:
+        if small.get(name, 0.0) * _EMULATED < small["float32"] and name not in obstacles:
+            obstacles[name] = f"emulated, {small['float32'] / small[name]:.0f} times slower than float32"
+            del contenders[name]
+    return Speeds(race(contenders, D, F, _ROWS), obstacles)
 
 
 def cpu_plan(model: BertPreTrainedModel, dtype: str | None) -> Plan:
-    """Decide dtype and kernel. dtype: a name in NAMES, "int8", "auto", or None for the model's own.
+    """Decide dtype and kernels. dtype: a name in NAMES, "int8", "auto", or None for the model's own.
 
-    Raises ValueError, with the measured reason, for a dtype that this CPU only emulates slowly.
+    Raises ValueError, with the measured reason, for a dtype that this CPU computes slowly.
     """
-    own, config = NAMES[model.dtype], model.config
-    sizes = (config.hidden_size, config.intermediate_size)
-    receipts = [_threads()]
-    if (own if dtype is None else dtype) == "float64":
-        return Plan("float64", PlainLinear, (*receipts, "float64: torch's own kernels, padding left out"))
-    plain = probe(PlainLinear, torch.float32, *sizes)
-    packed = probe(PrepackedLinear, torch.float32, *sizes) if torch.backends.mkldnn.is_available() else 0.0
-    linear = PrepackedLinear if packed > _GAIN * plain else PlainLinear
-    fp32 = max(plain, packed)
-    receipts.append(f"float32: {packed:.0f} GFLOP/s on prepacked weights (oneDNN), {plain:.0f} as torch does it")
-    wanted = own if dtype is None else dtype
-    if wanted in ("float32",):
-        return Plan("float32", linear, (*receipts, f"chosen: float32 on {linear.__name__}, {_why(dtype, own)}"))
-    half = torch.float16 if wanted == "float16" else torch.bfloat16
-    speed, obstacle = _half_speed(half, sizes)
-    receipts.append(f"{NAMES[half]}: {obstacle or f'{speed:.0f} GFLOP/s'}")
+    wanted = NAMES[model.dtype] if dtype is None else dtype
+    why = f"the model's own dtype ({wanted})" if dtype is None else "as asked"
+    if wanted == "float64":
+        return Plan(wanted, _all(torch.float64, PlainLinear), (_threads(), f"chosen: float64 as torch does it, {why}"))
+    others = {"auto": ["bfloat16"], "int8": ["int8", "bfloat16"], "float32": []}.get(wanted, [wanted])
+    speeds = measure(others, model.config.hidden_size, model.config.intermediate_size)
     if wanted == "auto":
-        faster = speed > _GAIN * fp32
-        chosen = Plan("bfloat16", PrepackedLinear, ()) if faster else Plan("float32", linear, ())
-        return Plan(chosen.dtype, chosen.linear, (*receipts, f"chosen: {chosen.dtype}, the fastest of the two"))
-    if speed * _LOSS < fp32:
-        reason = obstacle or f"{speed:.0f} GFLOP/s, but float32 reaches {fp32:.0f}"
-        raise ValueError(f"dtype={wanted}: this CPU is slow at it ({reason}); use dtype='auto' or float32")
-    return Plan(wanted, PrepackedLinear, (*receipts, f"chosen: {wanted} on PrepackedLinear, {_why(dtype, own)}"))
+        wanted, why = "bfloat16" if speeds.gains("bfloat16") else "float32", "the fastest of these"
+    elif speeds.of(wanted) * _LOSS < speeds.float32 and wanted != "float32":
+        reason = speeds.obstacles.get(wanted, f"{speeds.of(wanted):.0f} GFLOP/s, float32 has {speeds.float32:.0f}")
+        raise ValueError(f"dtype={wanted!r}: this CPU is slow at it ({reason}); use 'auto' or 'float32'")
+    kernels = _kernels(wanted, speeds)
+    if kernels.careful is not kernels.linear:
+        why += f"; values and heads on {kernels.careful.__name__}"
+    chosen = f"chosen: {wanted} on {kernels.linear.__name__}, {why}"
+    return Plan(wanted, kernels, (_threads(), *speeds.receipts(), chosen))
 
 
-def _why(dtype: str | None, own: str) -> str:
-    return f"the model's own dtype ({own})" if dtype is None else "as asked"
+def _kernels(name: str, speeds: Speeds) -> Kernels:
+    float32 = PrepackedLinear if speeds.of("float32") > _GAIN * speeds.of("plain") else PlainLinear
+    if name == "int8":
+        careful = Bfloat16Linear if speeds.gains("bfloat16") else float32
+        return Kernels(torch.float32, Int8Linear, Int8AfterGelu, careful)
+    return _all(torch.float32, float32) if name == "float32" else _all(getattr(torch, name), PrepackedLinear)
 
 
-def _half_speed(dtype: torch.dtype, sizes: tuple[int, int]) -> tuple[float, str]:
-    """GFLOP/s of a 16-bit dtype, or 0 and the reason. Asked of oneDNN first: an emulated product can take minutes."""
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    if not torch.backends.mkldnn.is_available():
-        return 0.0, "torch is built without oneDNN"
-    if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")():
-        return 0.0, f"oneDNN has no {name} kernels for this CPU"
-    return probe(PrepackedLinear, dtype, *sizes), ""
+def _all(dtype: torch.dtype, linear: type[Linear]) -> Kernels:
+    return Kernels(dtype, linear, linear, linear)
 
 
 def _threads() -> str:

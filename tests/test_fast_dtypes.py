@@ -1,0 +1,132 @@
+"""The fast path in bfloat16 and int8: close to float32, refused where slow, chosen only where fast."""
+
+import pytest
+import torch
+from test_fast import close, make, masks, text
+
+from minibert import BertForMaskedLM, BertModel, optimize
+from minibert.fast import plan
+from minibert.fast.onednn import PlainLinear, PrepackedLinear
+from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
+
+
+def error(got, exact):
+    return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+def fast_at(name):
+    """Skip unless this CPU computes a dtype fast."""
+    speeds = plan.measure([name], 128, 256)
+    if name in speeds.obstacles or speeds.of(name) < speeds.float32:
+        pytest.skip(f"this CPU is slow at {name}")
+
+
+@pytest.fixture
+def always_fast(monkeypatch):
+    """Let every dtype through, to test its numbers on a busy machine."""
+    fast = plan.Speeds({"plain": 1.0, "float32": 2.0, "bfloat16": 4.0, "int8": 8.0}, {})
+    monkeypatch.setattr(plan, "measure", lambda names, D, F: fast)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 200])
+@pytest.mark.parametrize(("inputs", "outputs"), [(48, 80), (64, 64), (384, 1536)])
+def test_linear_layers(rows, inputs, outputs):
+    torch.manual_seed(0)
+    x, residual = torch.randn(rows, inputs), torch.randn(rows, outputs)
+    weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
+    exact = x.double() @ weight.double().T + bias
+    allowed = {PlainLinear: 1e-6, PrepackedLinear: 1e-6, Bfloat16Linear: 0.01, Int8Linear: 0.02}
+    for linear, bound in allowed.items():
+        layer = linear(weight, bias)
+        assert error(layer(x), exact) < bound, linear
+        assert error(layer.add(x, residual), exact + residual) < bound, linear
+
+
+def test_int8_scales_each_token_and_each_channel():
+    torch.manual_seed(0)
+    x = torch.randn(6, 64) * torch.tensor([1e-3, 1.0, 1e3, 1e-6, 0.0, 30.0])[:, None]
+    weight = torch.randn(48, 64) * torch.logspace(-4, 2, 48)[:, None]
+    exact, got = x.double() @ weight.double().T, Int8Linear(weight, torch.zeros(48))(x)
+    for row in (0, 1, 2, 3, 5):
+        assert error(got[row] / weight.norm(dim=1), exact[row] / weight.norm(dim=1)) < 0.02
+    assert not got[4].any()
+
+
+def test_int8_after_gelu_uses_the_sign_bit():
+    torch.manual_seed(0)
+    x = torch.nn.functional.gelu(torch.randn(50, 256) * 2)
+    weight = torch.randn(64, 256)
+    exact, zeros = x.double() @ weight.double().T, torch.zeros(64)
+    activations_only = weight.sign()  # exact in eight bits
+    exact = x.double() @ activations_only.double().T
+    halved = error(Int8AfterGelu(activations_only, zeros)(x), exact)
+    assert halved < 0.7 * error(Int8Linear(activations_only, zeros)(x), exact)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.03), ("int8", 0.05)])
+@pytest.mark.parametrize("mask", ["none", "right", "left", "empty", "causal"])
+def test_outputs_are_close(always_fast, dtype, bound, mask):
+    model = make(hidden_size=96)
+    with torch.no_grad():
+        exact = model(text(), masks()[mask])
+    got = optimize(model, dtype)(text(), masks()[mask])
+    assert got.pooler_output.dtype == torch.float32
+    assert error(got.pooler_output, exact.pooler_output) < bound
+
+
+def test_bfloat16_is_as_exact_as_the_plain_model_in_bfloat16(always_fast):
+    model, half = make(BertForMaskedLM, hidden_size=96), make(BertForMaskedLM, hidden_size=96).bfloat16()
+    with torch.no_grad():
+        exact, plain = model.double()(text()).logits, half(text()).logits
+    ours = optimize(half)(text()).logits
+    assert ours.dtype == torch.bfloat16
+    assert error(ours, exact) < 1.5 * error(plain, exact)
+
+
+def test_half_models_of_int8_and_float32(always_fast):
+    half = make().bfloat16()
+    with torch.no_grad():
+        exact = half.float()(text()).pooler_output
+    half = half.bfloat16()
+    for dtype in ("float32", "int8"):
+        assert error(optimize(half, dtype)(text()).pooler_output, exact) < 0.05
+
+
+def test_slow_dtypes_are_refused_with_the_reason(monkeypatch):
+    slow = plan.Speeds({"plain": 100.0, "float32": 200.0, "bfloat16": 20.0}, {"int8": "emulated, 90 times slower"})
+    monkeypatch.setattr(plan, "measure", lambda names, D, F: slow)
+    with pytest.raises(ValueError, match="20 GFLOP/s, float32 has 200"):
+        optimize(make(), "bfloat16")
+    with pytest.raises(ValueError, match="emulated, 90 times slower"):
+        optimize(make(), torch.int8)
+    assert optimize(make(), "auto").plan.dtype == "float32"
+
+
+def test_a_missing_kernel_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    with pytest.raises(ValueError, match="no kernels"):
+        optimize(make(), "float16")
+
+
+def test_auto_takes_bfloat16_where_it_is_fast(always_fast):
+    fast = optimize(make(), "auto")
+    assert fast.plan.dtype == "bfloat16"
+    assert "fastest" in fast.explain()
+    close(fast(text()).last_hidden_state, optimize(make())(text()).last_hidden_state, atol=0.2)
+
+
+def test_int8_keeps_values_and_heads_in_more_bits(always_fast):
+    fast = optimize(make(BertForMaskedLM), "int8")
+    layer = fast.encoder.layers[0]
+    assert [type(linear) for linear in layer.inputs] == [Int8Linear, Bfloat16Linear]
+    assert type(fast.vocabulary_head.decoder) is Bfloat16Linear
+    assert type(layer.down) is Int8AfterGelu
+    assert "values and heads on Bfloat16Linear" in fast.explain()
+    relu = optimize(make(BertModel, hidden_act="relu"), "int8")
+    assert type(relu.encoder.layers[0].down) is Int8Linear
+
+
+def test_measured_speeds_name_what_was_measured():
+    fast_at("int8")
+    receipts = plan.measure(["int8"], 256, 1024).receipts()
+    assert [line.split(":")[0] for line in receipts] == ["plain", "float32", "int8"]
