@@ -1,0 +1,44 @@
+"""What the tests of the pipelines share: tiny models in both libraries, and when results are the same."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from parity import realign
+
+import minibert
+
+TOLERANCE = 5e-6  # of a probability: the fast path rounds in another order, as does a product of fewer rows
+
+
+def same(ours, theirs, tolerance: float = TOLERANCE) -> bool:
+    """Equal in shape, keys and their order, ids and texts; scores within the tolerance."""
+    if isinstance(theirs, float) or type(theirs).__name__ == "float32":
+        return type(ours) is float and abs(ours - theirs) <= tolerance
+    if isinstance(theirs, dict):
+        return list(ours) == list(theirs) and all(same(ours[key], theirs[key], tolerance) for key in theirs)
+    if isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(same(*pair, tolerance) for pair in zip(ours, theirs, strict=True))
+    return type(ours) is type(theirs) and ours == theirs
+
+
+def tiny(name: str, vocabulary, seed: int, *, positions: int = 64, **config):
+    """A random model of the class `name` with sharp predictions, and a real tokenizer, in both libraries."""
+    sizes = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 64, "max_position_embeddings": positions, "initializer_range": 0.3}  # fmt: skip
+    torch.manual_seed(seed)
+    theirs = getattr(transformers, name)(transformers.BertConfig(**sizes, **config)).eval()
+    ours = getattr(minibert, name)(minibert.BertConfig(**sizes, **config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    settings = {"model_max_length": positions}
+    return (
+        (realign(ours), minibert.BertTokenizer.from_pretrained(vocabulary, **settings)),
+        (realign(theirs), transformers.BertTokenizer.from_pretrained(vocabulary, **settings)),
+    )
+
+
+def pipelines(task: str, name: str, vocabulary, seed: int = 0, options: dict | None = None, **config):
+    """The same pipeline in both libraries."""
+    ours, theirs = tiny(name, vocabulary, seed, **config)
+    reference = transformers.pipeline(task, model=theirs[0], tokenizer=theirs[1], **(options or {}))
+    return minibert.pipeline(task, *ours, **(options or {})), reference
