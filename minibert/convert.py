@@ -183,9 +183,12 @@ def _verify(origin: hub.Source, result: Path, model: BertPreTrainedModel, dtype:
     config_file = origin.file("config.json")
     opened = {}
     for name, directory, wanted in (("the source", config_file.parent, dtype), ("the result", result, None)):
-        reference, info = getattr(transformers, kind.__name__).from_pretrained(
-            directory, dtype=wanted or "auto", output_loading_info=True, local_files_only=True, **options
-        )
+        try:
+            reference, info = getattr(transformers, kind.__name__).from_pretrained(
+                directory, dtype=wanted or "auto", output_loading_info=True, local_files_only=True, **options
+            )
+        except Exception as error:
+            raise ValueError(f"transformers does not open {name}: {type(error).__name__}: {error}") from error
         if info["missing_keys"]:
             raise ValueError(f"transformers finds weights missing in {name}: {', '.join(sorted(info['missing_keys']))}")
         opened[name] = reference

@@ -22,6 +22,7 @@ import torch
 import transformers
 from parity import HEADS
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import minibert
 
@@ -526,14 +527,15 @@ AFTER: dict[str, Callable[[Any, Path], Any]] = {
     "load_state_dict": lambda model, tmp_path: with_state(model),
     "load_state_dict with assign": lambda model, tmp_path: with_state(model, assign=True),
     "share_memory": lambda model, tmp_path: model.share_memory(),
-    "DistributedDataParallel": lambda model, tmp_path: nn.parallel.DistributedDataParallel(model).module,
-    "FullyShardedDataParallel": lambda model, tmp_path: sharded(model),
+    "DistributedDataParallel": lambda model, tmp_path: nn.parallel.DistributedDataParallel(model),
+    "FullyShardedDataParallel": lambda model, tmp_path: FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu")
+    ),
+    "fully_shard": lambda model, tmp_path: sharded(model),
 }
 
 
 def sharded(model: Any) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
     for layer in model.bert.encoder.layer:
         fully_shard(layer)
     return fully_shard(model)
@@ -551,7 +553,8 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("after", AFTER)
 @pytest.mark.parametrize("head", ["BertForPreTraining", "BertForMaskedLM"])
 def test_tied_after(after: str, head: str, tmp_path: Path, process_group: None) -> None:
-    model = AFTER[after](new(head), tmp_path)
+    wrapped = AFTER[after](new(head), tmp_path)
+    model = getattr(wrapped, "module", wrapped)
 
     def check() -> None:
         assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
@@ -561,7 +564,7 @@ def test_tied_after(after: str, head: str, tmp_path: Path, process_group: None) 
         assert model.cls.predictions.decoder.out_features == len(model.cls.predictions.bias)
 
     check()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(IDS, labels=IDS).loss.backward()
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    wrapped(IDS, labels=IDS).loss.backward()
     optimizer.step()
     check()
