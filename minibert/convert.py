@@ -67,15 +67,14 @@ def convert(
     """
     if verify:
         _transformers()
-    if head is not None and head not in HEADS:
-        raise ValueError(f"head={head!r}: must be one of {', '.join(HEADS)}")
     dtype = as_dtype(dtype)
     origin = hub.as_source(source, **where)
-    config = load_config(BertConfig, origin, {})
-    model, report = _choose(origin, config, head)
+    model, report = _choose(origin, head)
+    if absent := report.named("missing", "newly initialised"):
+        raise ValueError(f"{origin.name} lacks weights of {type(model).__name__}: {', '.join(absent)}")
     tensors = _tensors(report, dtype, every_head=head is None)
     with hub.replacing(out_dir, stale=_is_ours) as staging:
-        write_model(staging, type(model).__name__, config, tensors)
+        write_model(staging, type(model).__name__, model.config, tensors)
         _copy_other_files(origin, staging)
         if verify:
             _verify(origin, staging, model, dtype)
@@ -85,12 +84,10 @@ def convert(
 def inspect(source: str | os.PathLike, head: str | None = None, **where: Any) -> tuple[BertPreTrainedModel, LoadReport]:
     """The model that a checkpoint holds, without its weights, and what would become of each tensor.
 
-    head: one of `HEADS`; default what the checkpoint was saved as. Errors are those of `convert`.
+    head: one of `HEADS`; default what the checkpoint was saved as. Weights that are missing are in the report; other
+    errors are those of `convert`.
     """
-    if head is not None and head not in HEADS:
-        raise ValueError(f"head={head!r}: must be one of {', '.join(HEADS)}")
-    origin = hub.as_source(source, **where)
-    return _choose(origin, load_config(BertConfig, origin, {}), head)
+    return _choose(hub.as_source(source, **where), head)
 
 
 def _is_ours(name: str) -> bool:
@@ -98,8 +95,11 @@ def _is_ours(name: str) -> bool:
     return checkpoint.is_shard(name) or name in (*TOKENIZER_FILES, *_POOLING_FILES)
 
 
-def _choose(origin: hub.Source, config: BertConfig, head: str | None) -> tuple[BertPreTrainedModel, LoadReport]:
+def _choose(origin: hub.Source, head: str | None) -> tuple[BertPreTrainedModel, LoadReport]:
     """The class of the result, without weights: the named one, else what the config says, else what the file holds."""
+    if head is not None and head not in HEADS:
+        raise ValueError(f"head={head!r}: must be one of {', '.join(HEADS)}")
+    config = load_config(BertConfig, origin, {})
     names = {checkpoint.rename(name, "bert.") for name in checkpoint.open_files(origin.weights())}
     kinds = _candidates(names, config) if head is None else [HEADS[head]]
     if not kinds:
@@ -111,9 +111,9 @@ def _choose(origin: hub.Source, config: BertConfig, head: str | None) -> tuple[B
         has_pooler = any(name.startswith("bert.pooler.") for name in names)
         options = {"add_pooling_layer": has_pooler} if kind is BertModel else {}
         model, report = kind.inspect_pretrained(origin, config=config, **options)
-        if not (absent := report.named("missing", "newly initialised")):
-            return model, report
-    raise ValueError(f"{origin.name} lacks weights of {kind.__name__}: {', '.join(absent)}")
+        if not report.named("missing", "newly initialised"):
+            break
+    return model, report  # of the last if none is complete
 
 
 def _candidates(names: set[str], config: BertConfig) -> list[type[BertPreTrainedModel]]:

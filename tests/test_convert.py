@@ -18,7 +18,7 @@ from torch import Tensor
 
 import minibert
 from minibert import checkpoint
-from minibert.convert import HEADS, convert
+from minibert.convert import HEADS, convert, inspect
 
 BUFFERS = {"bert.embeddings.position_ids": torch.arange(20)[None]}
 POOLING = {
@@ -217,6 +217,17 @@ def test_what_cannot_be_converted(tmp_path: Path, layout: str, options: dict[str
     with pytest.raises(ValueError, match=message):
         convert(write(tmp_path / "source", layout), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_inspect_names_what_is_missing(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "BGE")
+    model, report = inspect(source)
+    assert type(model) is minibert.BertModel
+    assert {tensor.status for tensor in report.tensors} == {"loaded", "expected extra"}
+    model, report = inspect(source, "masked-lm")
+    assert type(model) is minibert.BertForMaskedLM
+    assert len(report.named("missing")) == 5
+    assert set(report.named("tied alias")) == set(model.tied_weights)
 
 
 def test_classifier_of_unknown_kind(tmp_path: Path) -> None:
