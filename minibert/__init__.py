@@ -27,6 +27,7 @@ _HOME = {
     "minibert.tokenizer": ["BatchEncoding", "BertTokenizer", "BertTokenizerFast"],
     "minibert.pipelines": ["pipeline"],
     "minibert.fast": ["optimize"],
+    "minibert.embedding": ["SentenceEncoder"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -258,6 +258,28 @@ def run_pretrain(arguments: Arguments) -> None:
     run(arguments)
 
 
+# embed
+
+
+def add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="texts in UTF-8, one a line; - for standard input")
+    parser.add_argument("--model", required=True, help="a sentence encoder: a directory or a name on the Hub")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT.npy", help="a float32 array, one row a line")
+    parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
+    parser.add_argument("--prompt-name", help="put this prompt of the model before each text (query, document, ...)")
+    parser.add_argument("--dtype", help="compute in bfloat16, int8, or auto; default float32")
+    parser.add_argument("--device", help="default: the CPU")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
+def run_embed(arguments: Arguments) -> None:
+    """Embed a file of any size, line by line, into a .npy; run it again to go on after an interruption."""
+    from minibert.embedding.files import run
+
+    names = ("model", "normalize", "prompt_name", "dtype", "device", "revision")
+    run(arguments.file, arguments.output, **{name: getattr(arguments, name) for name in names})
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[Arguments], None]]] = {
     "demo": (add_demo, run_demo),
     "fill-mask": (add_fill_mask, run_fill_mask),
@@ -265,5 +287,6 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[A
     "pretraining-loss": (add_pretraining_loss, run_pretraining_loss),
     "inspect": (add_inspect, run_inspect),
     "convert": (add_convert, run_convert),
+    "embed": (add_embed, run_embed),
     "pretrain": (add_pretrain, run_pretrain),
 }

@@ -101,7 +101,7 @@ class BertTokenizer:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        name_or_path: str | os.PathLike[str] | hub.Source,
         *,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -117,13 +117,13 @@ class BertTokenizer:
         none). transformers stops at tokenizer_config.json and lowercases whatever is left. model_max_length falls back
         to config.json's max_position_embeddings. Raises FileNotFoundError if there is no vocabulary.
         """
-        source = hub.Source(
+        source = hub.as_source(
             name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
         arguments = wordpiece.load(source.file, settings)
         if arguments is None:
-            raise FileNotFoundError(f"{os.fspath(name_or_path)!r} has neither tokenizer.json nor vocab.txt")
-        return cls(**{"name_or_path": os.fspath(name_or_path)} | arguments)
+            raise FileNotFoundError(f"{source.name!r} has neither tokenizer.json nor vocab.txt")
+        return cls(**{"name_or_path": source.name} | arguments)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
         """Write vocab.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json; return their paths.

@@ -33,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "pipelines": {"heads", "tokenizer", "fast", "hub"},
     "convert": {"base", "checkpoint", "config", "heads", "hub", "model", "pretrained"},
     "demo": {"heads", "hub", "pipelines", "tokenizer"},
+    "embedding": {"checkpoint", "fast", "hub", "model", "pipelines", "tokenizer"},
     "training": {"heads", "tokenizer", "model", "config"},
 }
 LIMITS = {"config.py": 800, "model.py": 800, "heads.py": 800}  # lines, together
