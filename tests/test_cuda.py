@@ -167,6 +167,16 @@ def test_embeddings_lists_and_repeated_calls(variant):
     assert torch.equal(model([[5, 6, 7], [8]]).last_hidden_state, kept)
 
 
+@pytest.mark.parametrize("variant", EVERYWHERE)
+def test_inference_mode_and_autocast_around_a_call(variant):
+    model, ids = fast(twins("BertModel")[1], variant), batch_for("BertModel")["input_ids"]
+    with torch.inference_mode():
+        first = model(ids).last_hidden_state.clone()
+    with torch.autocast(model.device.type, torch.bfloat16):
+        assert torch.equal(model(ids).last_hidden_state, first)
+    assert torch.equal(model(ids).last_hidden_state, first)
+
+
 def test_gelu_of_other_kinds_falls_back():
     _, model = twins("BertForMaskedLM", hidden_act="gelu_new")
     ids = batch_for("BertModel")["input_ids"]

@@ -173,8 +173,8 @@ class GpuModel(OptimizedModel):
         return _GpuCall(self, positions)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See OptimizedModel.forward."""
-        with _on(self.device):
+        """See OptimizedModel.forward. Autocast changes nothing: the dtype was chosen by `optimize`."""
+        with _on(self.device), torch.autocast(self.device.type, enabled=False):
             return super().forward(*args, **kwargs)
 
 

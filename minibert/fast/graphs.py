@@ -86,6 +86,8 @@ class Graphs:
                 self.done.record()
         return out
 
+    @torch.no_grad()
+    @torch.inference_mode(False)  # whose tensors cannot be written to by a later call outside of it
     def capture(self, bucket: Bucket) -> _Slot:
         slot = _Slot(torch.zeros(3 * bucket.N + bucket.S + 1, dtype=torch.long, device=self.device))
         if self.is_cuda:
