@@ -135,17 +135,20 @@ class Source:
             if missing:
                 raise FileNotFoundError(f"{path} names files that {self.name} does not have: {', '.join(missing)}")
             return [found for found in shards.values() if found is not None]
-        there = "" if self.directory is None else f"; it holds {sorted(os.listdir(self.directory))[:20]}"
+        if self.directory is not None:
+            there = f"; it holds {sorted(os.listdir(self.directory))[:20]}"
+        else:
+            there = "; offline, only what is in the cache counts" if self._offline() else ""
         raise FileNotFoundError(f"{self.name} has no weights: looked for {', '.join(WEIGHTS)}{there}")
 
     def _from_hub(self, filename: str) -> Path | None:
-        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
         def in_cache(name: str) -> Any:  # a path, None, or a marker: known not to exist
             return try_to_load_from_cache(self.name, name, cache_dir=self.cache_dir, revision=self.revision)
 
-        offline = self.local_files_only or constants.HF_HUB_OFFLINE
+        offline = self._offline()
         try:
             cached = in_cache(filename)
         except HFValidationError as error:
@@ -174,6 +177,11 @@ class Source:
         if path != cached:
             _verify(Path(path), self._described())
         return Path(path)
+
+    def _offline(self) -> bool:
+        from huggingface_hub import constants
+
+        return self.local_files_only or constants.HF_HUB_OFFLINE
 
     def _described(self) -> str:
         return f"{self.name!r}" + (f" at revision {self.revision!r}" if self.revision else "")
@@ -315,22 +323,41 @@ def replacing(directory: str | os.PathLike, stale: Callable[[str], bool] = lambd
 
 
 def _put_in_place(directory: Path) -> None:
-    """Move a whole set of saved files to their places; does nothing when there is none, may run twice at once."""
+    """Move a whole set of saved files to their places; does nothing when there is none, may run twice at once.
+
+    Raises ValueError if the set is not one that `replacing` made: a directory may come from anyone.
+    """
     saved = directory / _SAVED
-    if not saved.is_dir():
+    if not saved.is_dir() or saved.is_symlink():
         return
-    _sync(directory)
-    with suppress(FileNotFoundError):  # no list: all has been done, perhaps by another process just now
+    try:
         listed = json.loads((saved / _LIST).read_text(encoding="utf-8"))
-        for name in listed["files"]:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                os.replace(saved / name, directory / name)
-        for name in listed["stale"]:
-            (directory / name).unlink(missing_ok=True)
-        _sync(directory)
-        (saved / _LIST).unlink()
+        moves = [(_inside(saved, name), _inside(directory, name)) for name in listed["files"]]
+        stale = [_inside(directory, name) for name in listed["stale"]]
+    except FileNotFoundError:  # all has been done, perhaps by another process just now
+        shutil.rmtree(saved, ignore_errors=True)
+        return
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{saved} is no interrupted save, delete it: {error!r}") from None
+    _sync(directory)
+    for source, target in moves:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(source, target)
+    for path in stale:
+        path.unlink(missing_ok=True)
+    _sync(directory)
+    (saved / _LIST).unlink(missing_ok=True)
     shutil.rmtree(saved, ignore_errors=True)
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """A file in a directory. Raises ValueError if its name or a symbolic link leads out of it."""
+    _check_relative(name, "files.json")
+    path = directory / name
+    if not path.parent.resolve().is_relative_to(directory.resolve()):
+        raise ValueError(f"{path} leads out of {directory}")
+    return path
 
 
 def _sync(path: Path) -> None:

@@ -26,12 +26,12 @@ T = TypeVar("T", bound="Pretrained")
 
 
 class Pretrained:
-    """Loading and saving for an nn.Module with a `config` and the attributes below."""
+    """Loading and saving for an nn.Module that has a `config`, no buffers, `tie_weights()`, `_init_weights(module)`."""
 
     config_class: ClassVar[type[BertConfig]]
-    base_model_prefix: ClassVar[str]
-    tied_weights: ClassVar[dict[str, str]]
-    new_heads: ClassVar[tuple[str, ...]]
+    base_model_prefix: ClassVar[str]  # the attribute that holds the encoder, in models that have it
+    tied_weights: ClassVar[dict[str, str]]  # a parameter's other name -> its own name
+    new_heads: ClassVar[tuple[str, ...]]  # beginnings of names that may be absent from a checkpoint
 
     @classmethod
     def from_pretrained(

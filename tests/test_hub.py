@@ -365,3 +365,36 @@ def test_crash_at_every_step(tmp_path: Path) -> None:
     assert is_new == sorted(is_new)  # old up to some step, new from then on
     assert is_new.count(False) > 5
     assert is_new.count(True) > 5
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"files": [], "stale": ["../secret"]},
+        {"files": ["../secret"], "stale": []},
+        {"files": ["link/secret"], "stale": []},
+        {"files": ["out/a"], "stale": []},
+        {"files": [], "stale": ["out/secret"]},
+        {"files": [3], "stale": []},
+        {},
+        [],
+    ],
+)
+def test_hostile_interrupted_save(tmp_path: Path, listed: object) -> None:
+    """A directory from someone else must not make us move or delete what is outside of it."""
+    secret, directory = tmp_path / "secret", tmp_path / "model"
+    secret.write_text("secret")
+    (directory / ".saved").mkdir(parents=True)
+    (directory / ".saved" / "files.json").write_text(json.dumps(listed))
+    (directory / ".saved" / "link").symlink_to(tmp_path)  # a way to take
+    (directory / "out").symlink_to(tmp_path)  # a way to put
+    with pytest.raises(ValueError, match="is no interrupted save, delete it"):
+        hub.Source(directory)
+    assert secret.read_text() == "secret"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "secret"]
+
+
+def test_weights_that_are_not_cached(server: LocalHub) -> None:
+    hub.fetch("bert-base-uncased", "config.json")
+    with pytest.raises(FileNotFoundError, match="no weights.*offline, only what is in the cache counts"):
+        hub.fetch_weights("bert-base-uncased", local_files_only=True)
