@@ -11,13 +11,24 @@ from torch import nn
 from minibert import hub
 from minibert.pipelines.base import Pipeline, batches
 from minibert.pipelines.classification import TextClassificationPipeline
+from minibert.pipelines.features import FeatureExtractionPipeline
+from minibert.pipelines.question_answering import QuestionAnsweringPipeline
+from minibert.pipelines.tagging import TokenClassificationPipeline
 from minibert.pipelines.words import FillMaskPipeline, NextSentencePipeline
 from minibert.tokenizer import BertTokenizer
 
 __all__ = ["PIPELINES", "Pipeline", "batches", "pipeline"]
 
 PIPELINES: dict[str, type[Pipeline]] = {
-    kind.task: kind for kind in (FillMaskPipeline, NextSentencePipeline, TextClassificationPipeline)
+    kind.task: kind
+    for kind in (
+        FillMaskPipeline,
+        NextSentencePipeline,
+        TextClassificationPipeline,
+        TokenClassificationPipeline,
+        QuestionAnsweringPipeline,
+        FeatureExtractionPipeline,
+    )
 }
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
 PRETRAINED = ("fill-mask", "next-sentence-prediction", "feature-extraction")  # what needs no fine-tuning

@@ -1,0 +1,83 @@
+"""The last hidden state of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from minibert.heads import BertModel
+from minibert.pipelines.base import Pipeline, rows_of
+from minibert.tokenizer import BatchEncoding, BertTokenizer
+
+
+class FeatureExtractionPipeline(Pipeline):
+    """A vector for each token of each text. (For one vector a text, see `SentenceEncoder`.)
+
+    >>> extract = pipeline("feature-extraction", "bert-base-uncased")
+    >>> extract("A text.", return_tensors=True).shape
+    torch.Size([1, 5, 768])
+    """
+
+    task = "feature-extraction"
+    model_class = BertModel
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: BertTokenizer,
+        *,
+        return_tensors: bool = False,
+        truncation: bool | str | None = None,
+        tokenize_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ):
+        super().__init__(getattr(model, "encoder_model", model), tokenizer, **options)
+        self.return_tensors = return_tensors
+        self.tokenizer_kwargs |= _for_tokenizer(truncation, tokenize_kwargs)
+
+    @classmethod
+    def load(cls, name_or_path: Any, **where: Any) -> nn.Module:
+        return BertModel.from_pretrained(name_or_path, add_pooling_layer=False, **where)
+
+    def __call__(
+        self,
+        inputs: Any,
+        return_tensors: bool | None = None,
+        truncation: bool | str | None = None,
+        tokenize_kwargs: Mapping[str, Any] | None = None,
+        *,
+        batch_size: int | None = None,
+    ) -> Any:
+        """For one text nested lists of float, or with return_tensors a tensor, (1, T, D), special tokens included.
+
+        For several texts a list of these. A model with a head gives the states of its encoder. tokenize_kwargs go to
+        the tokenizer. Raises TypeError for input that is no text, ValueError for too many tokens without truncation.
+        """
+        return self._answer(
+            inputs,
+            as_tensors=self.return_tensors if return_tensors is None else return_tensors,
+            tokenizer_kwargs=_for_tokenizer(truncation, tokenize_kwargs),
+            batch_size=batch_size,
+        )
+
+    def _results(
+        self,
+        texts: list[str],
+        first: int | None,
+        *,
+        as_tensors: bool,
+        tokenizer_kwargs: Mapping[str, Any],
+        batch_size: int | None,
+    ) -> list:
+        def answer(runner: nn.Module, batch: BatchEncoding) -> list:
+            rows = rows_of(runner(**batch).last_hidden_state, batch)
+            return [torch.from_numpy(row)[None] if as_tensors else [row.tolist()] for row in rows]
+
+        return self._run(self._encode(texts, first, tokenizer_kwargs), answer, batch_size)
+
+
+def _for_tokenizer(truncation: bool | str | None, tokenize_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**(tokenize_kwargs or {}), **({} if truncation is None else {"truncation": truncation})}
