@@ -87,7 +87,7 @@ def test_every_mask(kind, variant):
 @pytest.mark.parametrize("variant", EVERYWHERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_masked_rows_are_finite(variant, dtype):
-    model = fast(twins("BertModel")[1].to(dtype), variant)
+    model = fast(twins("BertModel", hidden_size=48)[1].to(dtype), variant)
     mask = torch.ones(B, T, dtype=torch.long)
     mask[2], mask[1, 5:] = 0, 0
     got = model(batch_for("BertModel")["input_ids"], mask)
@@ -125,6 +125,41 @@ def test_neighbours_of_nan_stay_clean():
     close(clean[:4], expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_attention_is_isolated_and_right(dtype):
+    qkv = torch.randn(300, 3 * 64, device="cuda", dtype=dtype)
+    starts = torch.tensor([0, 1, 130, 130, 290, 290], device="cuda", dtype=torch.int32)  # ten tokens in no text
+    got = attend(qkv, 4, Texts(starts, 192, varlen=True))[:290].float()
+    expected = attend(qkv.float(), 4, Texts(starts, 192, varlen=False))[:290]
+    assert (got - expected).abs().max() < 8 * torch.finfo(dtype).eps
+    dirty = qkv.clone()
+    dirty[130:] = torch.nan
+    assert torch.equal(attend(dirty, 4, Texts(starts, 192, varlen=True))[:130].float(), got[:130])
+    index = torch.tensor([0, 5, 129, 131], device="cuda")
+    asking = index, Texts(torch.tensor([0, 1, 3, 3, 4, 4], device="cuda", dtype=torch.int32), 2, varlen=True)
+    some = attend(qkv, 4, Texts(starts, 192, varlen=True), asking).float()
+    assert (some - expected[index]).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_graphs_give_what_eager_gives():
+    """The same kernels on a few rows more, replayed on one stream and another; no kernel is compiled on the way."""
+    model = optimize(twins("BertModel", hidden_size=48)[1].cuda().bfloat16())
+    texts = [[[5] * n, [7] * (n // 2 + 1)] for n in (3, 9, 17, 30)]
+    graphs, model.encoder.graphs = model.encoder.graphs, None
+    expected = [model(batch).pooler_output.float() for batch in texts]
+    model.encoder.graphs = graphs
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            got = [model(batch).pooler_output.float() for batch in texts]
+        torch.cuda.synchronize()
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize("variant", EVERYWHERE)
 @pytest.mark.parametrize("head", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
 def test_positions(head, variant):
@@ -137,6 +172,14 @@ def test_positions(head, variant):
     for name in whole:
         expected = whole[name][positions] if whole[name].shape[:2] == (B, T) else whole[name]
         close(some[name], expected.cpu())
+
+
+@pytest.mark.parametrize("variant", EVERYWHERE)
+def test_no_positions(variant):
+    ids, nowhere = batch_for("BertModel")["input_ids"], torch.zeros(B, T, dtype=torch.bool)
+    assert fast(twins("BertForMaskedLM")[1], variant)(ids, positions=nowhere).logits.shape == (0, TINY["vocab_size"])
+    model = fast(twins("BertModel")[1], variant)
+    close(model(ids, positions=nowhere).pooler_output, model(ids).pooler_output.cpu())
 
 
 @pytest.mark.parametrize("variant", EVERYWHERE)

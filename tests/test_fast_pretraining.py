@@ -123,9 +123,9 @@ def test_a_pair_sees_itself_alone():
 
 
 def test_starts_by_hand():
-    assert pair_starts(PAIRS, 6).tolist() == [0, 6, 13, 16, 25, 32, 37, 42, *[48] * 8]
+    assert pair_starts(PAIRS, 6).tolist() == [0, 6, 13, 16, 25, 32, 37, 42, *[48] * 56]
     padding_after_padding = torch.tensor([[1, 0], [0, 0], [2, 2]])
-    assert pair_starts(padding_after_padding, 2).tolist() == [0, 1, 2, 4, *[6] * 4]
+    assert pair_starts(padding_after_padding, 2).tolist() == [0, 1, 2, 4, *[6] * 60]
     assert pair_starts(PAIRS, 6).dtype == torch.int32
 
 

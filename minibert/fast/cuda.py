@@ -218,7 +218,7 @@ class _GpuCall(_Call):
                 x_ND = encoder.embed_given(self.packing.pack(inputs_embeds.to(encoder.device)), ids_3N)
             if with_maps:
                 maps = [x_ND.new_zeros(B, config.num_attention_heads, T, T) for _ in range(config.num_hidden_layers)]
-            only_picked = picked is not None and not with_states and not with_maps
+            only_picked = picked is not None and len(picked.index) and not with_states and not with_maps
             asking = self._asking(picked) if only_picked else None
             keep_maps = None if maps is None else lambda number, qkv: _keep_map(maps[number], qkv, plan)
             states = encoder.encode(x_ND, self._texts(plan), asking, keep_maps)
@@ -357,7 +357,8 @@ def with_plan(model: BertPreTrainedModel, plan: GpuPlan) -> GpuModel:
     receipts = [*plan.receipts, f"memory: {extra / 2**20:.0f} MiB for a second copy of weights, joined, cast or padded"]
     if encoder.graphs is not None:
         receipts.append(_try_graph(encoder))
-    return GpuModel(model, encoder, head, replace(plan, receipts=tuple(receipts)))
+    plan = replace(plan, graphs=encoder.graphs is not None, receipts=tuple(receipts))
+    return GpuModel(model, encoder, head, plan)
 
 
 def _try_graph(encoder: GpuEncoder) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from minibert.fast.varlen import varlen_obstacle
@@ -109,11 +110,11 @@ def _has_kernels(logits: Tensor) -> bool:
 def pair_starts(pair: Tensor, pairs: int) -> Tensor:
     """Where each pair, and each row's padding, starts in the flattened (R, T) batch; then R * T over and over.
 
-    Its length, int32, is a power of 2 above what `pairs` and the rows can need, so that it seldom changes. Computed on
-    the device, without a wait.
+    Its length, int32, is a multiple of 64 above what `pairs` and the rows can need, so that it seldom changes. Computed
+    on the device, without a wait.
     """
     R, T = pair.shape
-    size = 1 << (pairs + R).bit_length()
+    size = 64 * ((pairs + R) // 64 + 1)
     changes = torch.ones_like(pair)
     changes[:, 1:] = pair[:, 1:] != pair[:, :-1]
     number = changes.flatten().cumsum(0) - 1
@@ -142,8 +143,6 @@ def _layer(
 def _flash(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, dropout: float) -> Tensor:
     """(N, H, K) each -> (N, H, K)."""
     if dropout == 0.0:
-        from torch.nn.attention.varlen import varlen_attn
-
         return varlen_attn(query, key, value, starts, starts, longest, longest)
     # What varlen_attn calls, which leaves dropout out
     return torch.ops.aten._flash_attention_forward(

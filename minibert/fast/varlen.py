@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,6 @@ def varlen_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) ->
         return "FlashAttention needs a GPU of compute capability 8.0 (Ampere) or later"
     if head_size % 8 or head_size > 256:
         return f"FlashAttention needs heads of a multiple of 8 up to 256 features, these have {head_size}"
-    try:
-        from torch.nn.attention import varlen  # noqa: F401
-    except ImportError:
-        return "this torch has no torch.nn.attention.varlen"
     return ""
 
 
@@ -57,8 +54,6 @@ def attend(qkv_N3D: Tensor, heads: int, texts: Texts, asking: tuple[Tensor, Text
     if not texts.varlen:
         context = _padded_attention(query, key, value, texts)
         return context if asking is None else context.index_select(0, asking[0])
-    from torch.nn.attention.varlen import varlen_attn
-
     own = texts
     if asking is not None:
         index, own = asking
@@ -89,7 +84,8 @@ def _padded_attention(query: Tensor, key: Tensor, value: Tensor, texts: Texts) -
 
 def _places(texts: Texts, N: int, nowhere: int) -> Tensor:
     """Where each of N tokens stands among the padded rows, text * longest + place in it; `nowhere` if in no text."""
-    token = torch.arange(N, device=texts.starts.device)
-    text = torch.searchsorted(texts.starts, token, right=True) - 1
-    first = texts.starts.index_select(0, text.clamp(max=len(texts.starts) - 2))
-    return torch.where(token < texts.starts[-1], text * texts.longest + token - first, nowhere)
+    starts = texts.starts.long()
+    token = torch.arange(N, device=starts.device)
+    text = torch.searchsorted(starts, token, right=True) - 1
+    first = starts.index_select(0, text)
+    return torch.where(token < starts[-1], text * texts.longest + token - first, nowhere)
