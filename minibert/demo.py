@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,14 +30,17 @@ PRETRAINING_MASKED = ("election", "attacked")  # the words whose first tokens ar
 
 
 def run(model: str | None = None) -> None:
-    """Print the three flows: on `model`, else on the Hub's bert-base where it can be had, else on the bundled model."""
-    cased, uncased = (model, model) if model else _bert_base_or_bundled()
-    print(f"fill-mask with {cased}\n  {FILL_MASK}")
+    """Print the three flows: on `model`, else on the Hub's bert-base where it can be had, else on what is here.
+
+    Raises ValueError if nothing is.
+    """
+    cased, uncased = (model, model) if model else _bert_base_or_local()
+    print(f"fill-mask with {Path(cased).name}\n  {FILL_MASK}")
     for answer in pipeline("fill-mask", cased)(FILL_MASK):
         print(f"  {answer['score']:.4f}  {answer['token_str']}")
 
     tokenizer = BertTokenizer.from_pretrained(uncased)
-    print(f"\nnext sentence with {uncased}\n  A: {NEXT_SENTENCE[0]}\n  B: {NEXT_SENTENCE[1]}")
+    print(f"\nnext sentence with {Path(uncased).name}\n  A: {NEXT_SENTENCE[0]}\n  B: {NEXT_SENTENCE[1]}")
     judge = BertForNextSentencePrediction.from_pretrained(uncased)
     inputs = tokenizer(*NEXT_SENTENCE, return_tensors="pt")
     with torch.inference_mode():
@@ -43,10 +48,11 @@ def run(model: str | None = None) -> None:
             out = judge(**inputs, labels=torch.tensor([label]))
             print(f"  logit {out.logits[0, label]:8.4f}, loss if the label is {label.name}: {out.loss:.4e}")
 
-    print(f"\npretraining with {uncased}: {' and '.join(PRETRAINING_MASKED)} masked, every token a label")
+    print(f"\npretraining with {Path(uncased).name}: {' and '.join(PRETRAINING_MASKED)} masked, every token a label")
     print(f"  A: {PRETRAINING[0]}\n  B: {PRETRAINING[1]}")
     ids = tokenizer(*PRETRAINING)["input_ids"]
-    masked = [ids.index(tokenizer.encode(word, add_special_tokens=False)[0]) for word in PRETRAINING_MASKED]
+    first_ids = dict.fromkeys(tokenizer.encode(word, add_special_tokens=False)[0] for word in PRETRAINING_MASKED)
+    masked = [ids.index(first) for first in first_ids]
     result = pretraining_loss(BertForPreTraining.from_pretrained(uncased), tokenizer, *PRETRAINING, masked)
     for key in ("prediction_logits", "seq_relationship_logits"):
         print(f"  {key} {result.pop(key)}")
@@ -56,17 +62,32 @@ def run(model: str | None = None) -> None:
         print(f"  position {mask['position']}: {mask['token']} has probability {mask['probability']:.4f}")
 
 
-def _bert_base_or_bundled() -> tuple[str, str]:
+def _bert_base_or_local() -> tuple[str, str]:
     """Names of a cased and an uncased model."""
     names = ("bert-base-cased", "bert-base-uncased")
     for name in names:
         try:  # what the cache holds needs no Hub
             hub.fetch_weights(name, local_files_only=not hub.is_reachable())
         except OSError:
-            bundled = hub.default_model()
-            print(f"{name} is not in the cache and the Hub cannot be reached: this is minibert's own small model.\n")
-            return bundled, bundled
+            print(f"{name} is not in the cache and the Hub cannot be reached.")
+            local = _local_model()
+            return local, local
     return names
+
+
+def _local_model() -> str:
+    """The bundled model, or else a checkpoint from the package index: small, trained on chemical reactions."""
+    if hub.bundled_models():
+        print("This is minibert's own small model.\n")
+        return hub.default_model()
+    package = importlib.util.find_spec("rxnfp")  # finds it without importing it
+    if package is None:
+        return hub.default_model()  # its error says what to do
+    print(
+        "This is rxnfp's bert_pretrained, a real BERT with both heads, but for the language of chemical reactions: it\n"
+        "knows hardly an English word, so mind how the figures come about, not what they say.\n"
+    )
+    return str(Path(package.submodule_search_locations[0]) / "models" / "transformers" / "bert_pretrained")
 
 
 def pretraining_loss(
