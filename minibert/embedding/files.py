@@ -117,7 +117,9 @@ def run(
     resumed = f", {done.resumed} of them from before" if done.resumed else ""
     print(f"{done.output}: {done.texts} texts{resumed}, {done.dimension} numbers each, float32")
     if done.truncated:
-        print(f"{done.truncated} texts had more than {done.max_seq_length} tokens and were cut", file=sys.stderr)
+        which = "1 text had" if done.truncated == 1 else f"{done.truncated} texts had"
+        was = "was" if done.truncated == 1 else "were"
+        print(f"{which} more than {done.max_seq_length} tokens and {was} cut", file=sys.stderr)
 
 
 def _begin(output: Path, settings: dict[str, Any], resumable: bool) -> Progress:
