@@ -60,9 +60,12 @@ class Int8Linear:
 
     def _product(self, x: Tensor) -> Tensor:
         scale = (self._largest(x) / self.levels).clamp_min_(self.finest)  # (N, 1)
-        y = self._linear(self._rounded(x, scale), 1.0, self.centre, self.weight, self.scale, self.zero_points,
-                         None, 1.0, 0, torch.float32, "none", [], "")  # fmt: skip
-        return y.mul_(scale).add_(self.bias)
+        return self.multiply(self._rounded(x, scale)).mul_(scale).add_(self.bias)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """(x - centre) W^T in units of the token's scale, for x (N, in) of unsigned bytes."""
+        return self._linear(x, 1.0, self.centre, self.weight, self.scale, self.zero_points,
+                            None, 1.0, 0, torch.float32, "none", [], "")  # fmt: skip
 
     def _rounded(self, x: Tensor, scale: Tensor) -> Tensor:
         """round(x / scale) + centre, unsigned. By way of signed numbers, to which torch converts four times as fast."""
