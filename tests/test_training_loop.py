@@ -6,14 +6,18 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import training_job
+from torch import nn
 from training_job import RULES, make_corpus, make_model
 
+from minibert.training import onednn
 from minibert.training.corpus import Corpus
 from minibert.training.data import BatchMaker, PairRules, plan_batches
 from minibert.training.distributed import World
@@ -83,19 +87,38 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
-def test_gathered_loss_and_gradients(corpus):
+@pytest.mark.parametrize("arithmetic", [nullcontext, onednn.linear_layers], ids=["torch", "onednn"])
+def test_gathered_loss_and_gradients(corpus, arithmetic):
     batch = batch_of(corpus)
     results = []
-    for dense in (True, False):
+    for dense, context in ((True, nullcontext), (False, arithmetic)):
         model = make_model(corpus, dropout=0.0)
-        loss = loss_of(batch, PretrainingLoss(model, dense=dense)(**vars(batch)))
-        loss.backward()
+        with context(model):
+            loss = loss_of(batch, PretrainingLoss(model, dense=dense)(**vars(batch)))
+            loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     (expected, dense), (found, gathered) = results
     assert abs(found - expected) < 1e-6
     # The key's bias has no gradient but rounding: softmax does not see what is added to all scores
     names = [name for name in dense if not name.endswith("key.bias")]
     assert max(relative(gathered[name], dense[name]) for name in names) < 1e-5
+
+
+@pytest.mark.skipif(not onednn.available(), reason="this build of PyTorch has no oneDNN")
+def test_onednn_linear_layers():
+    torch.manual_seed(0)
+    x, layer = torch.randn(3, 5, 16, dtype=torch.double, requires_grad=True), torch.nn.Linear(16, 8).double()
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    x32, layer32 = x.detach().float().requires_grad_(), torch.nn.Linear(16, 8)
+    layer32.load_state_dict(layer.state_dict())
+    with onednn.linear_layers(nn.ModuleList([layer, layer32])):
+        out = layer32(x32)
+        assert "Linear" in out.grad_fn.name()
+        found = torch.autograd.grad(out.square().sum(), [x32, *layer32.parameters()])
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))  # what is not float32 goes the usual way
+    assert "forward" not in vars(layer32)
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a.double(), b) < 1e-6
 
 
 def test_packed_pairs_do_not_see_each_other(corpus):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from minibert.training.sentences import split_sentences
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-BLOCK_BYTES = 8 << 20  # text handed to a worker at a time: about two million tokens, one file of the result
+BLOCK_BYTES = 4 << 20  # text handed to a worker at a time: about a million tokens, one file of the result
 CACHED_WORDS = 400_000  # a worker forgets its words beyond this many, so that memory stays flat
 FORMAT = 1
 

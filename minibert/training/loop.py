@@ -12,8 +12,8 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from minibert.heads import BertForPreTraining
+from minibert.training import onednn
 from minibert.training.corpus import Corpus, replacing
 from minibert.training.data import Batch, BatchMaker, PairRules, Plan, Position, plan_batches
 from minibert.training.distributed import World, distribute, load_state, set_sync, state_of
@@ -150,11 +151,8 @@ class Run:
                 raise ValueError(f"{self.checkpoint} was trained with {name}={state['data'][name]!r}, not {value!r}")
         load_state(self.model, self.optimizer, state["parameters"])
         self.step, self.position = state["step"], Position(**state["position"])
-        metrics = self.directory / METRICS
-        if self.world.is_first and metrics.is_file():
-            kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] <= self.step]
-            with replacing(metrics) as partial:
-                partial.write_text("".join(kept))
+        if self.world.is_first:
+            cut_metrics(self.directory / METRICS, self.step)
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -163,9 +161,10 @@ class Run:
         s = self.settings
         steps = self._steps(self.corpus, self.rules, self.position)
         totals, began = torch.zeros(7, dtype=torch.float64), time.perf_counter()
+        self._stop = False
         self.model.train()
         with (
-            self._signals(),
+            stop_signals(self._ask_to_stop),
             tqdm(total=s.steps, initial=self.step, unit="step", disable=not self.progress) as bar,
         ):
             while self.step < s.steps:
@@ -198,14 +197,15 @@ class Run:
         own = counts[:2].to("cpu", copy=True)
         masked, pairs, stop = self.world.sum(counts).unbind()
         self._stop = bool(stop)  # all processes stop at the same step
-        torch.manual_seed(_seed(self.rules.seed, self.step, self.world.rank))
+        torch.manual_seed(seed_of(self.rules.seed, self.step, self.world.rank))
         sums = torch.zeros(4, device=device)
-        for batch in batches:
-            set_sync(self.loss, batch is batches[-1])
-            part = self._forward(batch)
-            # Gradients are averaged over the processes: times their number, it is the sum that the mean asks for
-            (self.world.size * (part[0] / masked.clamp(min=1) + part[2] / pairs)).backward()
-            sums += part.detach()
+        with self._arithmetic():
+            for batch in batches:
+                set_sync(self.loss, batch is batches[-1])
+                part = self._forward(batch)
+                # Gradients are averaged over the processes: times their number, it is the sum that the mean asks for
+                (self.world.size * (part[0] / masked.clamp(min=1) + part[2] / pairs)).backward()
+                sums += part.detach()
         self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, s.learning_rate, s.warmup_steps, s.steps)
@@ -213,6 +213,12 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return torch.cat([sums.cpu(), own, torch.tensor([float(sum(b.tokens for b in batches))])]).double()
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        """oneDNN's float32 products where the order of operations is ours to choose."""
+        s = self.settings
+        exact = s.dense or s.compile or s.bf16 or self.world.device.type != "cpu"
+        return nullcontext() if exact or not onednn.available() else onednn.linear_layers(self.model)
 
     def _forward(self, batch: Batch) -> Tensor:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.settings.bf16):
@@ -269,23 +275,31 @@ class Run:
             with open(self.directory / METRICS, "a") as file:
                 file.write(json.dumps({"step": self.step} | record) + "\n")
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask to stop after the step, instead of ending the process."""
-
-        def stop(*_: Any) -> None:
-            self._stop = True
-
-        self._stop = False
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _ask_to_stop(self) -> None:
+        self._stop = True
 
 
-def _seed(*words: int) -> int:
+@contextmanager
+def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `stop`, which asks to stop after the step, instead of ending the process."""
+    before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def cut_metrics(metrics: Path, step: int) -> None:
+    """Take back the lines of a metrics.jsonl that were written after `step`."""
+    if metrics.is_file():
+        kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] <= step]
+        with replacing(metrics) as partial:
+            partial.write_text("".join(kept))
+
+
+def seed_of(*words: int) -> int:
+    """One seed from several numbers."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
