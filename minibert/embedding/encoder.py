@@ -21,6 +21,7 @@ from minibert.fast import optimize
 from minibert.fast.optimized import OptimizedModel
 from minibert.model import BertModel
 from minibert.pipelines import batches
+from minibert.pipelines.inputs import check_count
 from minibert.tokenizer import BertTokenizer
 
 TOKENS_PER_BATCH = {"cpu": 1024, "gpu": 16384}  # beyond, a CPU gets slower: what a layer works on leaves the caches
@@ -263,12 +264,12 @@ class SentenceEncoder:
         if convert_to not in ("numpy", "torch"):
             raise ValueError(f"convert_to must be 'numpy' or 'torch', got {convert_to!r}")
         options = self.options(prompt_name, prompt, batch_size, normalize, truncate_dim)
-        _check_count("chunk_size", chunk_size)
+        check_count("chunk_size", chunk_size)
         parts = chunks(texts, chunk_size)
         if processes is None:
             results = ((self.embed(part, options)[0]) for part in parts)
         else:
-            _check_count("processes", processes)
+            check_count("processes", processes)
             results = workers.embed(self, parts, options, processes)
         total = len(texts) if hasattr(texts, "__len__") else None
         return self._stream(results, convert_to, total, show_progress_bar)
@@ -295,10 +296,10 @@ class SentenceEncoder:
     ) -> Options:
         """Arguments of `encode`, checked and looked up. Raises ValueError."""
         if batch_size is not None:
-            _check_count("batch_size", batch_size)
+            check_count("batch_size", batch_size)
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         if truncate_dim is not None:
-            _check_count("truncate_dim", truncate_dim)
+            check_count("truncate_dim", truncate_dim)
         return Options(self._prompt(prompt, prompt_name), batch_size, normalize, truncate_dim)
 
     @torch.no_grad()
@@ -381,11 +382,6 @@ def _tokenizer(source: hub.Source, lowercase: bool) -> BertTokenizer:
         return tokenizer
     # sentence_bert_config.json asks for lower case alone; BERT's own lower-casing would take accents off too
     return BertTokenizer.from_pretrained(source, do_lower_case=True, strip_accents=bool(tokenizer.strip_accents))
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1 up, got {value!r}")
 
 
 def _converted(embeddings: Tensor, convert_to: str, like: nn.Module) -> np.ndarray | Tensor:
