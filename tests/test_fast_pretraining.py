@@ -9,9 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minibert import BertConfig, BertForPreTraining
-from minibert.fast import pretraining
+from minibert.fast import words
 from minibert.fast.flops import forward_flops, matmul_peak, training_flops
 from minibert.fast.pretraining import PackedPretrainingLoss, pair_starts
+from minibert.fast.words import top_words
 from minibert.training.objective import PretrainingLoss
 
 CUDA = torch.cuda.is_available()
@@ -65,7 +66,7 @@ def test_as_the_plain_loss(packed, fused, device, monkeypatch):
         pytest.importorskip("triton")
         if CUDA != (device == "cuda"):
             pytest.skip("kernels are compiled for the GPU")
-    monkeypatch.setattr(pretraining, "_has_kernels", lambda logits: fused)
+    monkeypatch.setattr(words, "_has_kernels", lambda logits: fused)
     fields = batch(packed, device)
     expected, their_grads = sums_and_gradients(PretrainingLoss(make().to(device)), fields)
     got, our_grads = sums_and_gradients(PackedPretrainingLoss(make().to(device)), fields)
@@ -146,6 +147,20 @@ def test_flops_are_those_that_torch_counts():
     extra = 2 * predictions * TINY["hidden_size"] * (-V % 64) + 2 * R * TINY["hidden_size"] * 2  # padding, NSP
     assert counter.get_total_flops() == forward_flops(model.config, lengths, predictions, pooled=R) + extra
     assert training_flops(model.config, [3]) == 3 * forward_flops(model.config, [3])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_top_words(fused, monkeypatch):
+    if fused:
+        pytest.importorskip("triton")
+        if CUDA:
+            pytest.skip("kernels are compiled for the GPU")
+    monkeypatch.setattr(words, "_has_kernels", lambda logits: fused)
+    logits = torch.randn(3, V)
+    for ours, theirs in zip(top_words(logits, 4), logits.softmax(-1).topk(4), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="k"):
+        top_words(logits, V + 1)
 
 
 def test_matmul_peak():

@@ -17,7 +17,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from minibert.fast.varlen import varlen_obstacle
-from minibert.heads import IGNORED, BertForPreTraining
+from minibert.fast.words import word_losses
+from minibert.heads import BertForPreTraining
 from minibert.model import BertLayer, attention
 
 
@@ -88,23 +89,6 @@ class PackedPretrainingLoss(nn.Module):
         extra = -V % 64
         weight, bias = F.pad(head.decoder.weight, (0, 0, 0, extra)), F.pad(head.bias, (0, extra))
         return word_losses(F.linear(transformed, weight, bias), labels, V)
-
-
-def word_losses(logits: Tensor, labels: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """Per row of logits (P, V or more): the loss, 0 where the label is -100, and whether the label is the best word."""
-    if _has_kernels(logits):
-        from minibert.fast.triton.cross_entropy import cross_entropy
-
-        return cross_entropy(logits, labels, IGNORED, words=V)
-    logits = logits[:, :V].float()
-    losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
-    return losses, logits.detach().argmax(-1) == labels
-
-
-def _has_kernels(logits: Tensor) -> bool:
-    from minibert.fast.pieces import triton_obstacle
-
-    return logits.is_cuda and not triton_obstacle(logits.dtype)
 
 
 def pair_starts(pair: Tensor, pairs: int) -> Tensor:
