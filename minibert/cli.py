@@ -280,6 +280,22 @@ def run_embed(arguments: Arguments) -> None:
     run(arguments.file, arguments.output, **{name: getattr(arguments, name) for name in names})
 
 
+# finetune
+
+
+def add_finetune(parser: argparse.ArgumentParser) -> None:
+    from minibert.training.finetune_command import add_arguments
+
+    add_arguments(parser)
+
+
+def run_finetune(arguments: Arguments) -> None:
+    """Fine-tune a model to classify texts or to tag words, and keep the best epoch."""
+    from minibert.training.finetune_command import run
+
+    run(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[Arguments], None]]] = {
     "demo": (add_demo, run_demo),
     "fill-mask": (add_fill_mask, run_fill_mask),
@@ -289,4 +305,5 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[A
     "convert": (add_convert, run_convert),
     "embed": (add_embed, run_embed),
     "pretrain": (add_pretrain, run_pretrain),
+    "finetune": (add_finetune, run_finetune),
 }
