@@ -31,6 +31,16 @@ def test_bert_base(head):
             assert_same(expected, ours(**inputs, attention_mask=attention_mask, output_hidden_states=True))
 
 
+@pytest.mark.slow
+def test_bert_base_gradients():
+    reference, ours = twins("BertForPreTraining", **BASE)
+    inputs = batch_for("BertForPreTraining", batch=2, tokens=33, vocab_size=30522)
+    for model in (reference, ours):
+        model(**inputs, attention_mask=masks(2, 33)["right"]).loss.backward()
+    for (name, expected), actual in zip(reference.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(expected.grad, actual.grad), name
+
+
 def load_both(head: str, directory, **changes):
     """Both libraries' own loading, then fresh memory for both."""
     reference = getattr(transformers, head).from_pretrained(directory, **changes).eval()
