@@ -167,7 +167,7 @@ def compare(
     if reference is not None:
         for contender in contenders:
             check(contender, reference)
-    alternate(contenders, rounds)
+    alternate(contenders, rounds, warmup=1 if reference is None else 0)  # the check was a first run
     table = rows(benchmark, shape, contenders, baseline, **more)
     show(table)
     return table

@@ -122,7 +122,7 @@ def fast_operations(fast: nn.Module, ids: Tensor) -> Record:
         record |= dict(zip((f"{at}attention.self.{name}" for name in ("query", "key", "value")), parts, strict=True))
         context = attend(*parts, plan, layer.heads)
         y = record[f"{at}attention.output.LayerNorm"] = layer.attention_norm(layer.projection.add(context, x))
-        x = record[f"{at}output.LayerNorm"] = layer.norm(layer.down.add(layer.up(y), y))
+        x = record[f"{at}output.LayerNorm"] = layer.feed_forward(y)
     return record
 
 

@@ -62,11 +62,12 @@ def runner(run: Run, texts: list[Tensor], batch: int, by_length: bool = False) -
     return [states[i] for i in range(len(texts))]
 
 
-def contest(runs: dict[str, Run], texts: list[Tensor], batch: int, is_full: bool) -> list[Contender]:
+def contest(runs: dict[str, Run], texts: list[Tensor], batch: int, is_full: bool, only_sorted: bool) -> list[Contender]:
     contenders = []
     for name, run in runs.items():
         tolerance = TOLERANCE[BUILDERS[name][0]]
-        contenders.append(Contender(name, lambda run=run: runner(run, texts, batch), tolerance))
+        if not only_sorted or name not in SORTED or name == "transformers":
+            contenders.append(Contender(name, lambda run=run: runner(run, texts, batch), tolerance))
         if not is_full and name.removesuffix(" bf16").removesuffix(" int8") in SORTED:
             sorted_run = lambda run=run: runner(run, texts, batch, by_length=True)  # noqa: E731
             contenders.append(Contender(f"{name}, sorted", sorted_run, tolerance))
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(BUILDERS), default=list(BUILDERS), metavar="CONTENDER")
     parser.add_argument("--corpus", type=Path, help="a text, xz, one sentence a line")
     parser.add_argument("--vocabulary", type=Path, help="a directory with an English vocab.txt")
+    parser.add_argument("--only-sorted", action="store_true", help="leave peers' unsorted batches out")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS / "throughput.csv")
     options = parser.parse_args()
@@ -93,7 +95,7 @@ def main() -> None:
             texts, batch = natural(options.corpus, options.vocabulary, 1 if shape == "sentences" else 3), BATCH
         real = sum(map(len, texts))
         factor = sum(mask.numel() for _, mask in padded(texts, batch)) / real
-        contenders = contest(runs, texts, batch, shape == "full")
+        contenders = contest(runs, texts, batch, shape == "full", options.only_sorted)
         truth = runner(runs["transformers"], texts, batch)
         label = f"{shape}: {len(texts)} texts, {real} tokens, longest {max(map(len, texts))}, padding x{factor:.2f}"
         append(compare("throughput", label, contenders, "transformers", options.rounds, truth), options.out)

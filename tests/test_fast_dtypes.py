@@ -83,6 +83,15 @@ def test_bfloat16_is_as_exact_as_the_plain_model_in_bfloat16(always_fast):
     assert error(ours, exact) < 1.5 * error(plain, exact)
 
 
+def test_long_batches_in_int8_go_in_parts(always_fast):
+    fast, ids = optimize(make(hidden_size=96), "int8"), text(shape=(20, 30))  # 600 tokens, of which 256 at once
+    layer, whole = fast.encoder.layers[0], fast(ids).last_hidden_state
+    assert layer.rows == 256
+    for layer in fast.encoder.layers:
+        layer.rows = None
+    close(whole, fast(ids).last_hidden_state)
+
+
 def test_half_models_of_int8_and_float32(always_fast):
     half = make().bfloat16()
     with torch.no_grad():

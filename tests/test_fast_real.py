@@ -30,7 +30,7 @@ def test_fill_mask_agrees(quality, rxnfp_dir):
 
 def test_sentence_embeddings_keep_their_direction(quality, minilm_dir):
     texts = ["A man is playing a guitar.", "The stock market fell sharply today.", "Who wrote this?", "Rain.",
-             "BERT reads whole sentences at once, from both sides.", "Two dogs run across a field of snow."]  # fmt: skip
+             "BERT reads whole sentences at once, from both sides.", "Two dogs run over snow."]  # fmt: skip
     for row in quality.embeddings(minilm_dir, texts):
         assert row["value"] >= 0.995, row
 

@@ -41,12 +41,14 @@ class Norm:
 @dataclass(frozen=True)
 class Kernels:
     """dtype: of what is stored between products. linear: for most products; after_gelu: for what follows the
-    activation; careful: for values and heads, where low precision costs most."""
+    activation; careful: for values and heads, where low precision costs most. rows: how many tokens go through the
+    feed-forward part at once, None for all: few, where steps between the products would otherwise leave the cache."""
 
     dtype: torch.dtype
     linear: type[Linear]
     after_gelu: type[Linear]
     careful: type[Linear]
+    rows: int | None = None
 
 
 class FastLayer:
@@ -71,6 +73,7 @@ class FastLayer:
         down = kernels.after_gelu if activation.name in GELUS else kernels.linear
         self.down = join(down, layer.output.dense)
         self.norm = Norm(layer.output.LayerNorm, kernels.dtype)
+        self.rows = kernels.rows
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +89,12 @@ class FastLayer:
             query, x_ND = query.index_select(0, picked.index), x_ND.index_select(0, picked.index)
         context = attend(query, key, value, packing, self.heads, picked, maps_BHTT)
         y_MD = self.attention_norm(self.projection.add(context, x_ND))
-        return self.norm(self.down.add(self.up(y_MD), y_MD))
+        if self.rows is None or len(y_MD) <= self.rows:
+            return self.feed_forward(y_MD)
+        return torch.cat([self.feed_forward(part) for part in y_MD.split(self.rows)])
+
+    def feed_forward(self, x_MD: Tensor) -> Tensor:
+        return self.norm(self.down.add(self.up(x_MD), x_MD))
 
 
 class CpuEncoder:

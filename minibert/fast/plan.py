@@ -15,7 +15,7 @@ from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
-_ROWS = 256  # tokens in a probe: enough to be bound by arithmetic, little enough to take milliseconds
+_ROWS = 256  # tokens at once: enough to be bound by arithmetic, few enough to stay in the cache
 _ROUNDS = 7
 _GAIN = 1.1  # a second copy of the weights must be faster by this much
 _LOSS = 4  # a dtype is refused when slower than float32 by this much, again and again: emulation is far slower still
@@ -135,7 +135,7 @@ def _kernels(name: str, speeds: Speeds) -> Kernels:
     float32 = PrepackedLinear if speeds.of("float32") > _GAIN * speeds.of("plain") else PlainLinear
     if name == "int8":
         careful = Bfloat16Linear if speeds.gains("bfloat16") else float32
-        return Kernels(torch.float32, Int8Linear, Int8AfterGelu, careful)
+        return Kernels(torch.float32, Int8Linear, Int8AfterGelu, careful, rows=_ROWS)
     return _all(torch.float32, float32) if name == "float32" else _all(getattr(torch, name), PrepackedLinear)
 
 
