@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -310,3 +312,21 @@ def test_bad_input():
     with pytest.raises(TypeError, match="no argument"):
         model(torch.ones(1, 3).long(), mask=None)
     assert minibert.BertModel is type(model.model)
+
+
+def test_a_cpu_imports_nothing_of_this():
+    code = """
+import sys
+from minibert import BertConfig, BertModel, optimize
+sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+optimize(BertModel(BertConfig(vocab_size=9, **sizes)))([[1, 2, 3]])
+print(*sys.modules)
+"""
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "minibert.fast.optimized" in loaded
+    gpu = {
+        "triton",
+        "minibert.fast.triton",
+        *(f"minibert.fast.{name}" for name in ("cuda", "graphs", "pieces", "varlen")),
+    }
+    assert not gpu & set(loaded)

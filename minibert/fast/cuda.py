@@ -207,22 +207,15 @@ class _GpuCall(_Call):
         ids_3N = _ids(plan, input_ids, token_type_ids, position_ids)
         bucket = None if with_maps or with_states or inputs_embeds is not None else encoder.bucket(plan)
         maps = None
+        if with_maps:
+            shape = (B, config.num_attention_heads, T, T)
+            maps = [torch.zeros(shape, dtype=encoder.dtype, device=encoder.device) for _ in encoder.layers]
         if bucket is not None:
-            last = encoder.graphs.run(ids_3N, plan.lengths, bucket)
-            states = [last]
+            states = [encoder.graphs.run(ids_3N, plan.lengths, bucket)]
         else:
-            ids_3N = self._to_device(ids_3N)
-            if inputs_embeds is None:
-                x_ND = encoder.embed(ids_3N)
-            else:
-                x_ND = encoder.embed_given(self.packing.pack(inputs_embeds.to(encoder.device)), ids_3N)
-            if with_maps:
-                maps = [x_ND.new_zeros(B, config.num_attention_heads, T, T) for _ in range(config.num_hidden_layers)]
             only_picked = picked is not None and len(picked.index) and not with_states and not with_maps
-            asking = self._asking(picked) if only_picked else None
-            keep_maps = None if maps is None else lambda number, qkv: _keep_map(maps[number], qkv, plan)
-            states = encoder.encode(x_ND, self._texts(plan), asking, keep_maps)
-            last = states[-1]
+            states = self._encode(plan, ids_3N, inputs_embeds, picked if only_picked else None, maps)
+        last = states[-1]
         if picked is not None and len(last) == plan.tokens:
             last = last.index_select(0, self._to_device(picked.index))
         pooled = None if self.fast.pooler is None else self._pooled(last, plan, picked)
@@ -234,6 +227,24 @@ class _GpuCall(_Call):
         all_states = tuple(self._padded(state) for state in states) if with_states else None
         output = BaseModelOutput(last, pooled, all_states, None if maps is None else tuple(maps))
         return self.finish(output, return_dict)
+
+    def _encode(
+        self,
+        plan: Packing,
+        ids_3N: Tensor,
+        inputs_embeds: Tensor | None,
+        picked: Picked | None,
+        maps: list[Tensor] | None,
+    ) -> list[Tensor]:
+        """Without a graph: all hidden states, of the last one only the picked tokens. Fills in the maps."""
+        encoder, ids_3N = self.fast.encoder, self._to_device(ids_3N)
+        if inputs_embeds is None:
+            x_ND = encoder.embed(ids_3N)
+        else:
+            x_ND = encoder.embed_given(self.packing.pack(inputs_embeds.to(encoder.device)), ids_3N)
+        asking = None if picked is None else self._asking(picked)
+        keep_maps = None if maps is None else lambda number, qkv: _keep_map(maps[number], qkv, plan)
+        return encoder.encode(x_ND, self._texts(plan), asking, keep_maps)
 
     def _texts(self, plan: Packing) -> Texts:
         longest, varlen = max(plan.lengths), self.fast.plan.varlen
