@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -129,14 +130,15 @@ class CpuEncoder:
 
     def encode(
         self, x_ND: Tensor, packing: Packing, picked: Picked | None = None, maps: list[Tensor] | None = None
-    ) -> list[Tensor]:
+    ) -> Iterator[Tensor]:
         """All hidden states, the embeddings first; of the last one only the picked tokens, (M, D).
 
+        One by one, for the caller to keep or to drop: dropped ones give their memory, still in the cache, to the next.
         maps: one (B, H, T, T) of zeros a layer, to be filled with attention probabilities.
         """
-        states, last = [x_ND], len(self.layers) - 1
+        yield x_ND
+        last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            states.append(
-                layer(states[-1], packing, picked if number == last else None, None if maps is None else maps[number])
-            )
-        return states
+            wanted = picked if number == last else None
+            x_ND = layer(x_ND, packing, wanted, None if maps is None else maps[number])
+            yield x_ND

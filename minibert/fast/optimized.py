@@ -173,7 +173,9 @@ class _Call:
         if with_maps:
             maps = [x_ND.new_zeros(B, config.num_attention_heads, T, T) for _ in range(config.num_hidden_layers)]
         whole = with_states or with_maps
-        states = encoder.encode(x_ND, plan, None if whole else picked, maps)
+        states: list[Tensor] = []
+        for state in encoder.encode(x_ND, plan, None if whole else picked, maps):
+            states = [*states, state] if with_states else [state]
         last = states[-1].index_select(0, picked.index) if whole and picked is not None else states[-1]
         pooled = None if self.fast.pooler is None else self._pooled(last, plan, picked)
         if self.positions is not None:
