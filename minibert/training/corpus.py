@@ -357,7 +357,7 @@ def build_corpus(
     shutil.copyfile(vocab_file, directory / "vocab.txt")
     for kind, name in (("lengths", "sentences.npy"), ("sizes", "documents.npy")):
         _join(directory, kind, len(shards), name)
-    fingerprint = hashlib.sha256("".join(shard["digest"] for shard in shards).encode()).hexdigest()
+    fingerprint = _fingerprint(directory, len(shards))
     with replacing(directory / "corpus.json") as partial:
         info = {
             "format": FORMAT,
@@ -399,6 +399,15 @@ def _check(report: CorpusReport, paths: list[Path]) -> None:
             f"{where}: {report.single_sentence_documents:,} of {report.documents:,} documents have a single sentence, "
             "which leaves none that follows another; blank lines belong between documents, not between sentences"
         )
+
+
+def _fingerprint(directory: Path, count: int) -> str:
+    """A hash of the tokens and of their division into sentences and documents, however they are cut into files."""
+    digest = hashlib.sha256()
+    names = [*(f"tokens-{i:05d}.npy" for i in range(count)), "sentences.npy", "documents.npy"]
+    for name in names:
+        digest.update(np.load(directory / name, mmap_mode="r"))
+    return digest.hexdigest()
 
 
 def _join(directory: Path, kind: str, count: int, name: str) -> None:
