@@ -280,6 +280,54 @@ def run_embed(arguments: Arguments) -> None:
     run(arguments.file, arguments.output, **{name: getattr(arguments, name) for name in names})
 
 
+# classify, ner, answer
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="+", metavar="TEXT", help="texts, each in quotation marks")
+    add_model(parser)
+
+
+def run_classify(arguments: Arguments) -> None:
+    """The label of each text, by a fine-tuned classifier."""
+    from minibert.pipelines import pipeline
+
+    results = pipeline("text-classification", arguments.model, revision=arguments.revision)(arguments.text)
+    rows = [(f"{each['score']:.4f}", each["label"], text) for each, text in zip(results, arguments.text, strict=True)]
+    show(arguments, results, table(rows))
+
+
+def run_ner(arguments: Arguments) -> None:
+    """The entities in each text, by a fine-tuned tagger."""
+    from minibert.pipelines import pipeline
+
+    tag = pipeline("ner", arguments.model, revision=arguments.revision, aggregation_strategy="first", stride=16)
+    results = tag(arguments.text)
+    rows = [
+        (f"{each['score']:.4f}", each["entity_group"], text[each["start"] : each["end"]])
+        for text, found in zip(arguments.text, results, strict=True)
+        for each in found
+    ]
+    show(arguments, results, table(rows) if rows else ["no entities"])
+
+
+def add_answer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question", metavar="QUESTION", help="a question, in quotation marks")
+    parser.add_argument("context", metavar="CONTEXT", help="the text that answers it")
+    parser.add_argument("--top-k", type=int, default=1, help="answers (default 1)")
+    add_model(parser)
+
+
+def run_answer(arguments: Arguments) -> None:
+    """The span of a text that answers a question, by a fine-tuned model."""
+    from minibert.pipelines import pipeline
+
+    ask = pipeline("question-answering", arguments.model, revision=arguments.revision)
+    found = ask(arguments.question, arguments.context, top_k=arguments.top_k)
+    answers = found if isinstance(found, list) else [found]
+    show(arguments, answers, table([(f"{each['score']:.4f}", each["answer"]) for each in answers]))
+
+
 # finetune
 
 
@@ -293,6 +341,7 @@ def run_finetune(arguments: Arguments) -> None:
     """Fine-tune a model to classify texts or to tag words, and keep the best epoch."""
     from minibert.training.finetune_command import run
 
+    arguments.model = chosen_model(arguments)
     run(arguments)
 
 
@@ -306,4 +355,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[A
     "embed": (add_embed, run_embed),
     "pretrain": (add_pretrain, run_pretrain),
     "finetune": (add_finetune, run_finetune),
+    "classify": (add_texts, run_classify),
+    "ner": (add_texts, run_ner),
+    "answer": (add_answer, run_answer),
 }

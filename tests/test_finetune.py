@@ -105,6 +105,14 @@ def test_a_classifier_learns_and_both_libraries_open_it(trained):
     assert all(abs(a["score"] - b["score"]) < 1e-5 for a, b in zip(ours, theirs, strict=True))
 
 
+def test_the_command_classifies(trained, capsys):
+    directory = str(trained / "run" / "model")
+    assert cli.main(["classify", "sun nice day", "ugly cat", "--model", directory]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["good", "bad"]
+    assert cli.main(["classify", "sun"]) == 1
+    assert "text-classification needs a fine-tuned model" in capsys.readouterr().err
+
+
 def test_the_best_epoch_is_kept(start, tmp_path, monkeypatch):
     scores = iter([0.5, 0.9, 0.9, 0.7])
     monkeypatch.setattr(finetune.FineTuning, "validate", lambda self: {"accuracy": next(scores)})
@@ -124,6 +132,8 @@ def test_a_tagger(start, tmp_path, capsys):
     text = "good day tom toms in paris pariss"
     found = pipeline("ner", directory, aggregation_strategy="first")(text)
     assert [(each["entity_group"], each["word"]) for each in found] == [("PER", "tom toms"), ("LOC", "paris pariss")]
+    assert cli.main(["ner", text, "--model", str(directory)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["LOC", "paris", "pariss"]
     theirs = transformers.pipeline("ner", str(directory), aggregation_strategy="first")(text)
     assert [each["start"] for each in theirs] == [each["start"] for each in found]
 

@@ -11,7 +11,7 @@ import torch
 from pipeline_case import same
 
 import minibert
-from minibert import pipeline
+from minibert import cli, pipeline
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "question_answering.json").read_text())
 CONTEXTS, QUESTIONS, OPTIONS = (REFERENCE[name] for name in ("contexts", "questions", "options"))
@@ -73,6 +73,15 @@ def test_forms_of_input(answer):
     assert not isinstance(stream, list)
     assert same(list(stream), [one] * 3)
     assert answer([]) == []
+
+
+def test_the_command(answer, tmp_path, capsys):
+    answer.model.save_pretrained(tmp_path)
+    answer.tokenizer.save_pretrained(tmp_path)
+    assert cli.main(["answer", QUESTIONS[0], CONTEXTS[0], "--top-k", "2", "--model", str(tmp_path)]) == 0
+    expected = answer(QUESTIONS[0], CONTEXTS[0], top_k=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ", 1)[1] for line in lines] == [each["answer"] for each in expected]
 
 
 def test_defaults_may_be_set(answer):

@@ -78,11 +78,10 @@ def prepare(arguments: argparse.Namespace, task: Task, seed: int) -> tuple[Any, 
     """The model with a head for the labels found, its tokenizer, and both files, encoded."""
     import torch
 
-    from minibert import hub
     from minibert.config import BertConfig
     from minibert.tokenizer import BertTokenizer
 
-    name, where = arguments.model or hub.default_model(), {"revision": arguments.revision}
+    name, where = arguments.model, {"revision": arguments.revision}
     examples = [task.read(path) for path in (arguments.train, arguments.validation)]
     tokenizer = BertTokenizer.from_pretrained(name, **where)
     config = BertConfig.from_pretrained(name, **where)
