@@ -125,7 +125,7 @@ def test_rows_that_no_state_speaks_of_are_computed_again(encoder, source, tmp_pa
 @pytest.mark.slow
 def test_a_killed_command_goes_on(encoder, model_dir, tmp_path):
     source, output = tmp_path / "texts.txt", tmp_path / "out.npy"
-    lines = LINES * 60
+    lines = LINES * 25
     source.write_text("\n".join(lines))
     command = [sys.executable, "-m", "minibert", "embed", source, "--model", model_dir, "-o", output]
     process = subprocess.Popen(command, cwd=Path(minibert.__file__).parents[1])

@@ -240,7 +240,7 @@ class SentenceEncoder:
 
     def encode_stream(
         self,
-        texts: Iterable[str],
+        texts: str | Iterable[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
@@ -257,6 +257,7 @@ class SentenceEncoder:
         texts may be a generator of any length. Arguments as for `encode`. The vectors of all texts before a wrong one
         are given before the error is raised.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         check_iterable(texts)
         if isinstance(texts, (list, tuple)):
             for number, text in enumerate(texts):

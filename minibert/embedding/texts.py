@@ -11,7 +11,7 @@ CHUNK_CHARACTERS = 1 << 22  # of all texts of a chunk together
 
 def check_iterable(texts: Any) -> None:
     """Raise TypeError for what cannot be texts in some order."""
-    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+    if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts must be a str or an iterable of str, got {_show(texts)}")
 
 
