@@ -99,7 +99,7 @@ class FastLayer:
 
 
 class CpuEncoder:
-    """The embeddings and layers of a BertModel. Another device's encoder has `dtype`, `nbytes`, `embed`, `encode`."""
+    """The embeddings and layers of a BertModel."""
 
     def __init__(self, model: BertModel, kernels: Kernels):
         self.dtype = kernels.dtype
