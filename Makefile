@@ -15,7 +15,11 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check
 
 bench: .venv/.installed-bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/throughput.py --shape full
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/roofline.py
+	$(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf .venv
