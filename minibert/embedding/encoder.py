@@ -201,10 +201,6 @@ class SentenceEncoder:
         computed. What else is raised midway, by the iterable or by Ctrl-C, carries the vectors of all texts before in
         its attribute `embeddings`.
         """
-        is_one = isinstance(texts, str)
-        if is_one:
-            check_text(texts, "texts")
-            texts = [texts]
         convert_to = "torch" if convert_to_tensor or not convert_to_numpy else convert_to
         stream = self.encode_stream(
             texts,
@@ -224,7 +220,7 @@ class SentenceEncoder:
         except BaseException as error:
             error.embeddings = _joined(parts)  # type: ignore[attr-defined]
             raise
-        return _joined(parts)[0] if is_one else _joined(parts)
+        return _joined(parts)[0] if isinstance(texts, str) else _joined(parts)
 
     def encode_query(self, texts: str | Iterable[str], prompt_name: str | None = None, **options: Any) -> Any:
         """`encode` with the prompt "query", unless another is given."""
