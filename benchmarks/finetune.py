@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--corpus", type=Path, default=Path(__file__).parents[2] / "shared" / "corpus")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train", type=int, default=4000, help="examples")
+    parser.add_argument("--train", type=int, default=3000, help="examples")
     parser.add_argument("--validation", type=int, default=1000, help="examples")
     parser.add_argument("--epochs", default="3")
     parser.add_argument("--learning-rate", default="3e-4")
