@@ -3,7 +3,8 @@
     python benchmarks/loading.py [--rounds 7] [--save]
 
 Against transformers, on a bert-base with random weights, written by transformers (its header leaves tensors at any
-8-byte offset, so minibert copies them) and by minibert (aligned, so it leaves them memory-mapped):
+8-byte offset, so minibert copies them: results must not depend on that offset) and by minibert (aligned, so it leaves
+them memory-mapped). transformers leaves both memory-mapped:
 - from_pretrained, the classes being imported; and from_pretrained with the first forward pass, in which memory-mapped
   weights are really read;
 - from the start of the process to the first answer of a fill-mask pipeline.

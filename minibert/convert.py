@@ -156,7 +156,9 @@ def _copy_other_files(origin: hub.Source, directory: Path) -> None:
             folders = [module["path"] for module in json.loads(modules.read_text(encoding="utf-8")) if module["path"]]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{modules} is no list of sentence-transformers' modules: {error!r}") from None
-        names += [f"{folder}/{name}" for folder in folders for name in ("config.json", "model.safetensors")]
+        for folder in folders:
+            weights = [f"{folder}/model.safetensors", f"{folder}/pytorch_model.bin"]  # a dense layer has them
+            names += [f"{folder}/config.json", *[name for name in weights if origin.file(name)][:1]]
     for name in names:
         path = origin.file(name)
         if path is not None:

@@ -170,6 +170,20 @@ def test_real_checkpoints(tmp_path: Path, minilm_dir: Path, rxnfp_dir: Path) -> 
     assert (tmp_path / "None" / "1_Pooling" / "config.json").exists()
 
 
+def test_sentence_transformers_opens_what_we_write(tmp_path: Path, minilm_dir: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    convert(minilm_dir, tmp_path / "converted")
+    minibert.BertModel.from_pretrained(minilm_dir).save_pretrained(tmp_path / "saved")
+    minibert.BertTokenizer.from_pretrained(minilm_dir).save_pretrained(tmp_path / "saved")
+    texts = ["A cat sat on the mat.", "Two sentences. One text."]
+    expected, converted, saved = (
+        sentence_transformers.SentenceTransformer(str(path), device="cpu").encode(texts, normalize_embeddings=True)
+        for path in (minilm_dir, tmp_path / "converted", tmp_path / "saved")
+    )
+    assert abs(converted - expected).max() < 1e-6
+    assert abs(saved - expected).max() < 1e-6  # it pools by the mean where no file says how
+
+
 def test_in_place(tmp_path: Path) -> None:
     source = write(tmp_path / "source", "bert-base-chinese")
     convert(source, source, verify=True)
@@ -191,6 +205,17 @@ def test_nothing_of_an_earlier_conversion_is_left(tmp_path: Path) -> None:
         "config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "1_Pooling", "mine.txt",
         "sentence_bert_config.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("files", [["pytorch_model.bin"], ["model.safetensors", "pytorch_model.bin"]])
+def test_dense_layer_of_sentence_transformers_comes_along(tmp_path: Path, files: list[str]) -> None:
+    source = write(tmp_path / "source", "BGE")
+    (source / "modules.json").write_text(json.dumps([*POOLING["modules.json"], {"idx": 2, "path": "2_Dense"}]))
+    (source / "2_Dense").mkdir()
+    for name in ("config.json", *files):
+        (source / "2_Dense" / name).write_text(name)
+    convert(source, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out" / "2_Dense").iterdir()} == {"config.json", files[0]}
 
 
 def test_failed_verification_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
