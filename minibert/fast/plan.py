@@ -42,7 +42,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Speeds:
-    """GFLOP/s by name, "plain" being float32 as torch does it; for what is left out, the obstacle."""
+    """GFLOP/s of one thread by name, "plain" being float32 as torch does it; for what is left out, the obstacle."""
 
     measured: dict[str, float]
     obstacles: dict[str, str]
@@ -59,25 +59,30 @@ class Speeds:
         return self.of(name) > _GAIN * self.float32
 
     def receipts(self) -> list[str]:
-        lines = [f"{name}: {speed:.0f} GFLOP/s" for name, speed in self.measured.items()]
+        lines = [f"{name}: {speed:.0f} GFLOP/s a thread" for name, speed in self.measured.items()]
         return lines + [f"{name}: {obstacle}" for name, obstacle in self.obstacles.items()]
 
 
 def race(contenders: Contenders, D: int, F: int, rows: int) -> dict[str, float]:
     """Speed of each kernel on random numbers in the shape of a feed-forward layer: GFLOP/s, the best of a few rounds.
 
-    In turn, so that whatever else the machine does meets all of them alike.
+    In turn, so that whatever else the machine does meets all of them alike, and on one thread: threads that wait for
+    each other on a busy machine make kernels of many steps look emulated.
     """
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(F, D, generator=generator), torch.randn(rows, D, generator=generator)
     runs = {name: (linear(weight.to(dtype), torch.zeros(F, dtype=dtype)), x.to(dtype))
             for name, (linear, dtype) in contenders.items()}  # fmt: skip
-    best = dict.fromkeys(contenders, float("inf"))
-    for _ in range(_ROUNDS):
-        for name, (layer, inputs) in runs.items():
-            start = time.perf_counter()
-            layer(inputs)
-            best[name] = min(best[name], time.perf_counter() - start)
+    best, threads = dict.fromkeys(contenders, float("inf")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(_ROUNDS):
+            for name, (layer, inputs) in runs.items():
+                start = time.perf_counter()
+                layer(inputs)
+                best[name] = min(best[name], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return {name: 2 * rows * D * F / seconds / 1e9 for name, seconds in best.items()}
 
 
