@@ -67,11 +67,11 @@ class Pretrained:
         source = hub.as_source(
             name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
-        dtype = as_dtype(dtype)
+        dtype, device = as_dtype(dtype), as_device(device)
         model, report = cls._prepare(source, config, changes)
         if missing := report.named("missing"):
             raise ValueError(f"{source.name} lacks weights of {cls.__name__}: {', '.join(missing)}{_hint(cls, report)}")
-        model._fill(report, dtype, torch.device(device or "cpu"))
+        model._fill(report, dtype, device)
         _notify(cls.__name__, source.name, report)
         return (model.eval(), report) if output_loading_info else model.eval()
 
@@ -187,6 +187,17 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if found not in checkpoint.WEIGHT_DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be None or one of {', '.join(names)}")
     return found
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """The device, the CPU for None. Raises ValueError for one that torch does not know or that is not here."""
+    try:
+        device = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}: torch finds no CUDA GPU here; use 'cpu'")
+    return device
 
 
 def _options(cls: type) -> list[str]:

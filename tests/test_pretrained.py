@@ -339,7 +339,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         ({"dtype": "int8"}, ValueError, "dtype='int8': must be None or one of fp32, fp16"),
         ({"dtype": torch.int8}, ValueError, "must be None or one of"),
         ({"config": CONFIG, "num_labels": 3}, TypeError, "either config or its fields"),
-        ({"device": "nowhere"}, RuntimeError, "nowhere"),
+        ({"device": "nowhere"}, ValueError, "device=.nowhere."),
     ):
         with pytest.raises(error, match=message):
             minibert.BertModel.from_pretrained(path, **arguments)
@@ -568,3 +568,13 @@ def test_tied_after(after: str, head: str, tmp_path: Path, process_group: None) 
     wrapped(IDS, labels=IDS).loss.backward()
     optimizer.step()
     check()
+
+
+def test_a_device_that_is_not_here_is_named(tmp_path):
+    minibert.BertModel(minibert.BertConfig.named("tiny", vocab_size=50)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="device='musical'"):
+        minibert.BertModel.from_pretrained(tmp_path, device="musical")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cuda:0': torch finds no CUDA GPU"):
+            minibert.BertModel.from_pretrained(tmp_path, device="cuda:0")
+    assert minibert.BertModel.from_pretrained(tmp_path, device="meta").device.type == "meta"
