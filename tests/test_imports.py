@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "convert": {"base", "checkpoint", "config", "heads", "hub", "model", "pretrained"},
     "demo": {"heads", "hub", "pipelines", "tokenizer"},
     "embedding": {"checkpoint", "fast", "hub", "model", "pipelines", "tokenizer"},
-    "training": {"heads", "tokenizer", "model", "config"},
+    "training": {"heads", "tokenizer", "model", "config", "fast"},
 }
 READ_FIRST = ("config.py", "model.py", "heads.py")
 

@@ -17,12 +17,19 @@ import training_job
 from torch import nn
 from training_job import RULES, make_corpus, make_model
 
+import minibert
 from minibert.training import onednn
 from minibert.training.corpus import Corpus
 from minibert.training.data import BatchMaker, PairRules, plan_batches
 from minibert.training.distributed import World
 from minibert.training.loop import Run, Settings
-from minibert.training.objective import PretrainingLoss, learning_rate, make_optimizer
+from minibert.training.objective import (
+    PretrainingLoss,
+    learning_rate,
+    make_optimizer,
+    pair_lengths,
+    pretraining_loss,
+)
 
 JOB = [sys.executable, training_job.__file__]
 FAST = {"rows": 8, "warmup_steps": 2, "learning_rate": 1e-2, "log_every": 1}
@@ -271,3 +278,16 @@ def test_it_learns_both_tasks(tmp_path):
     assert first["mlm_loss"] > 1.5
     assert last["mlm_loss"] < 0.2
     assert last["nsp_loss"] < 0.1
+
+
+def test_a_gpu_gets_its_own_loss():
+    from minibert.fast.pretraining import PackedPretrainingLoss
+
+    model, gpu = minibert.BertForPreTraining(minibert.BertConfig.named("tiny", vocab_size=50)), torch.device("cuda")
+    assert type(pretraining_loss(model, gpu, dense=False, fsdp=False)) is PackedPretrainingLoss
+    assert type(pretraining_loss(model, gpu, dense=True, fsdp=False)) is PretrainingLoss
+    assert type(pretraining_loss(model, torch.device("cpu"), dense=False, fsdp=False)) is PretrainingLoss
+
+
+def test_lengths_of_packed_pairs():
+    assert pair_lengths(torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 2, 0, 0, 0]])) == [2, 3, 1, 2]

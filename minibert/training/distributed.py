@@ -16,8 +16,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from minibert.training.objective import PretrainingLoss
-
 
 @dataclass(frozen=True)
 class World:
@@ -60,7 +58,7 @@ def world() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def distribute(loss: PretrainingLoss, world: World, *, fsdp: bool) -> nn.Module:
+def distribute(loss: nn.Module, world: World, *, fsdp: bool) -> nn.Module:
     """The loss as all processes compute it together: replicated (DDP), or with parameters sharded layer by layer."""
     loss.to(world.device)
     if fsdp:

@@ -29,7 +29,7 @@ from minibert.training import onednn
 from minibert.training.corpus import Corpus, replacing
 from minibert.training.data import Batch, BatchMaker, PairRules, Plan, Position, plan_batches
 from minibert.training.distributed import World, distribute, load_state, set_sync, state_of
-from minibert.training.objective import PretrainingLoss, learning_rate, make_optimizer
+from minibert.training.objective import learning_rate, make_optimizer, pair_lengths, pretraining_loss
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
@@ -105,13 +105,14 @@ class Run:
         self.model = model
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        loss = PretrainingLoss(model, dense=self.settings.dense)
+        loss = pretraining_loss(model, self.world.device, dense=self.settings.dense, fsdp=self.settings.fsdp)
         if self.settings.compile:
             loss.compile(dynamic=False)
         self.loss = distribute(loss, self.world, fsdp=self.settings.fsdp)
         s = self.settings
         self.optimizer = make_optimizer(model, s.learning_rate, s.weight_decay, s.betas, s.epsilon)
         self.step, self.position, self._stop = 0, Position(), False
+        self._flops = 0.0  # of this process since the last line of metrics; counted on GPUs
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -206,6 +207,8 @@ class Run:
                 # Gradients are averaged over the processes: times their number, it is the sum that the mean asks for
                 (self.world.size * (part[0] / masked.clamp(min=1) + part[2] / pairs)).backward()
                 sums += part.detach()
+        if device.type == "cuda":
+            self._flops += sum(self._count_flops(batch) for batch in batches)
         self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, s.learning_rate, s.warmup_steps, s.steps)
@@ -219,6 +222,11 @@ class Run:
         s = self.settings
         exact = s.dense or s.compile or s.bf16 or self.world.device.type != "cpu"
         return nullcontext() if exact or not onednn.available() else onednn.linear_layers(self.model)
+
+    def _count_flops(self, batch: Batch) -> float:
+        from minibert.fast.flops import training_flops
+
+        return training_flops(self.model.config, pair_lengths(batch.pair), batch.masked, len(batch.cls_positions))
 
     def _forward(self, batch: Batch) -> Tensor:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.settings.bf16):
@@ -266,6 +274,11 @@ class Run:
         s, rate = self.settings, sums[-1] / seconds
         lr = learning_rate(self.step - 1, s.learning_rate, s.warmup_steps, s.steps)
         record = _means(sums) | {"lr": lr, "grad_norm": float(_whole(self.grad_norm)), "tokens_per_second": rate}
+        if self._flops:
+            from minibert.fast.flops import matmul_peak
+
+            peak = matmul_peak(self.world.device, torch.bfloat16 if s.bf16 else torch.float32)
+            record["mfu"], self._flops = self._flops / seconds / peak, 0.0
         bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_per_s=f"{rate:,.0f}")
         self._log(record)
         return torch.zeros_like(totals)

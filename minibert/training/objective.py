@@ -55,6 +55,21 @@ class PretrainingLoss(nn.Module):
         )
 
 
+def pretraining_loss(model: BertForPreTraining, device: torch.device, *, dense: bool, fsdp: bool) -> nn.Module:
+    """`PretrainingLoss`, or on a GPU the same sums with FlashAttention within pairs and a fused cross-entropy."""
+    if device.type == "cuda" and not dense and not fsdp:
+        from minibert.fast.pretraining import PackedPretrainingLoss
+
+        return PackedPretrainingLoss(model)
+    return PretrainingLoss(model, dense=dense)
+
+
+def pair_lengths(pair: Tensor) -> list[int]:
+    """Tokens of every pair of a batch; pair (R, T) has its number within its row for each token, 0 for padding."""
+    rows = torch.arange(len(pair), device=pair.device)[:, None] * (int(pair.max()) + 1)
+    return (rows + pair)[pair > 0].unique(return_counts=True)[1].tolist()
+
+
 def learning_rate(step: int, peak: float, warmup_steps: int, steps: int) -> float:
     """Linear up to `peak` in `warmup_steps`, then linear down to 0 after the last of `steps`; `step` counts from 0."""
     up = (step + 1) / max(1, warmup_steps)
