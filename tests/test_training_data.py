@@ -211,15 +211,9 @@ def test_packing_wastes_little(corpus):
     packed, padded = (report(corpus, rules, 8, packed=packed, batches=30) for packed in (True, False))
     assert packed.padding < 0.15  # rows of one pair of these lengths, not sorted, would waste about half
     assert packed.pairs > padded.pairs
-    covered = sorted(number for plan in plans(corpus, rules, 12, packed=True) for number in plan.pairs["number"])
-    assert covered  # and each pair of the first block at least once
-    block = plan_batches(corpus, rules, 8, packed=True)
-    numbers = set()
-    for plan in block:
-        numbers |= set(plan.pairs["number"].tolist())
-        if plan.after.epoch:
-            break
-    assert numbers == set(range(max(numbers) + 1))
+    epoch = itertools.takewhile(lambda plan: plan.epoch == 0, plan_batches(corpus, rules, 8, packed=True))
+    numbers = {number for plan in epoch for number in plan.pairs["number"].tolist()}
+    assert numbers == set(range(max(numbers) + 1))  # each pair at least once
 
 
 def test_a_corpus_smaller_than_a_batch(corpus):
