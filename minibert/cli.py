@@ -42,9 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a directory or a name on the Hub; default: the model bundled with minibert")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_revision(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -175,7 +179,7 @@ def run_demo(arguments: Arguments) -> None:
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a directory or a name on the Hub; default: the bundled model")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_revision(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor: status, type, shape, hash")
     parser.add_argument("--head", help="look at it with this head (see convert; default: what it was saved as)")
     parser.add_argument("--json", action="store_true", help="print JSON, with all tensors")
@@ -222,7 +226,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="fp32, bf16 or fp16; default: as in the source")
     parser.add_argument("--head", help="keep this head only: encoder, pretraining, masked-lm, next-sentence, ...")
     parser.add_argument("--verify", action="store_true", help="compare all outputs with transformers' (if installed)")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_revision(parser)
 
 
 def run_convert(arguments: Arguments) -> None:
@@ -269,7 +273,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-name", help="put this prompt of the model before each text (query, document, ...)")
     parser.add_argument("--dtype", help="compute in bfloat16, int8, or auto; default float32")
     parser.add_argument("--device", help="default: the CPU")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_revision(parser)
 
 
 def run_embed(arguments: Arguments) -> None:

@@ -65,9 +65,10 @@ def run(model: str | None = None) -> None:
 def _bert_base_or_local() -> tuple[str, str]:
     """Names of a cased and an uncased model."""
     names = ("bert-base-cased", "bert-base-uncased")
+    offline = not hub.is_reachable()
     for name in names:
         try:  # what the cache holds needs no Hub
-            hub.fetch_weights(name, local_files_only=not hub.is_reachable())
+            hub.fetch_weights(name, local_files_only=offline)
         except OSError:
             print(f"{name} is not in the cache and the Hub cannot be reached.")
             local = _local_model()
