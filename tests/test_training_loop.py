@@ -128,6 +128,37 @@ def test_onednn_linear_layers():
         assert relative(a.double(), b) < 1e-6
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_by_products(corpus, packed):
+    """The same loss and gradients; in double precision, which autocast leaves alone: no rounding hides a slip."""
+    batch, results = batch_of(corpus, packed=packed), []
+    model = make_model(corpus, dropout=0.0).double()
+    products = onednn.attention_by_products(model)
+    for context in (nullcontext(), products, products):
+        with context, torch.autocast("cpu", torch.bfloat16):
+            sums = PretrainingLoss(model)(**vars(batch))
+            loss = loss_of(batch, sums)
+            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        kernels = {type(node).__name__ for node in backward_nodes(sums)}
+        assert any("ScaledDotProduct" in name for name in kernels) == isinstance(context, nullcontext)
+        results.append((loss.detach(), torch.cat([g.flatten() for g in gradients if g is not None])))
+    for loss, gradient in results[1:]:
+        assert abs(loss - results[0][0]) < 1e-9
+        assert relative(gradient, results[0][1]) < 1e-9
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def backward_nodes(tensor: torch.Tensor) -> set:
+    """All nodes of the graph behind a tensor."""
+    found, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [next_node for next_node, _ in node.next_functions]
+    return found
+
+
 def test_packed_pairs_do_not_see_each_other(corpus):
     """Each pair of a packed batch alone gives the same sums and gradients as all of them in their rows."""
     plan = next(plan_batches(corpus, RULES, 8, packed=True))

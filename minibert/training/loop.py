@@ -109,6 +109,7 @@ class Run:
         if self.settings.compile:
             loss.compile(dynamic=False)
         self.loss = distribute(loss, self.world, fsdp=self.settings.fsdp)
+        self._arithmetic = self._choose_arithmetic()
         s = self.settings
         self.optimizer = make_optimizer(model, s.learning_rate, s.weight_decay, s.betas, s.epsilon)
         self.step, self.position, self._stop = 0, Position(), False
@@ -200,7 +201,7 @@ class Run:
         self._stop = bool(stop)  # all processes stop at the same step
         torch.manual_seed(seed_of(self.rules.seed, self.step, self.world.rank))
         sums = torch.zeros(4, device=device)
-        with self._arithmetic():
+        with self._arithmetic:
             for batch in batches:
                 set_sync(self.loss, batch is batches[-1])
                 part = self._forward(batch)
@@ -217,11 +218,14 @@ class Run:
         self.step += 1
         return torch.cat([sums.cpu(), own, torch.tensor([float(sum(b.tokens for b in batches))])]).double()
 
-    def _arithmetic(self) -> AbstractContextManager[Any]:
-        """oneDNN's float32 products where the order of operations is ours to choose."""
+    def _choose_arithmetic(self) -> AbstractContextManager[Any]:
+        """oneDNN's products on a CPU, where the order of operations is ours to choose."""
         s = self.settings
-        exact = s.dense or s.compile or s.bf16 or self.world.device.type != "cpu"
-        return nullcontext() if exact or not onednn.available() else onednn.linear_layers(self.model)
+        if s.dense or self.world.device.type != "cpu" or not onednn.available():
+            return nullcontext()
+        if s.bf16:
+            return onednn.attention_by_products(self.model)
+        return nullcontext() if s.compile else onednn.linear_layers(self.model)
 
     def _count_flops(self, batch: Batch) -> float:
         from minibert.fast.flops import training_flops

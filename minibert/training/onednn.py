@@ -1,13 +1,13 @@
-"""Linear layers in float32 on a CPU by oneDNN, forward and backward.
+"""What trains faster on a CPU than PyTorch's own choice, by oneDNN, forward and backward; results differ in rounding.
 
-PyTorch gives float32 products to MKL, which leaves half of an AMD processor's vector width unused; oneDNN uses what is
-there. The results differ in rounding only.
+Linear layers in float32: PyTorch gives their products to MKL, which leaves half of an AMD processor's vector width
+unused. Attention in bfloat16: the backward pass of PyTorch's fused kernel takes three times as long as plain products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -15,26 +15,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.model import BertSelfAttention
+
+LONGEST = 256  # tokens up to which plain products were seen to be faster than the fused attention
+
 
 def available() -> bool:
     """Whether this build of PyTorch has oneDNN's product."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@contextmanager
-def linear_layers(model: nn.Module) -> Iterator[None]:
+class Calling(AbstractContextManager[None]):
+    """Within this context every module of a kind calls `forward(module, ...)`. It may be entered again and again.
+
+    The calls are made once: torch.compile would take new ones for new code.
+    """
+
+    def __init__(self, model: nn.Module, kind: type[nn.Module], forward: Callable[..., Any]) -> None:
+        self.calls = [(module, partial(forward, module)) for module in model.modules() if isinstance(module, kind)]
+
+    def __enter__(self) -> None:
+        for module, call in self.calls:
+            module.forward = call  # in front of the class's own
+
+    def __exit__(self, *exception: object) -> None:
+        for module, _ in self.calls:
+            del module.forward
+
+
+def linear_layers(model: nn.Module) -> Calling:
     """Within this context the model's linear layers are oneDNN's, wherever their input is float32 on the CPU.
 
     Backward passes belong inside too: what they compute again (gradient checkpointing) must be computed as before.
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    for layer in layers:
-        layer.forward = partial(_forward, layer)  # in front of the class's own
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    return Calling(model, nn.Linear, _forward)
+
+
+def attention_by_products(model: nn.Module) -> Calling:
+    """Within this context the model's attention is matrix products and a softmax, where autocast is on.
+
+    It keeps the (B, H, T, T) probabilities for the backward pass, which the fused kernel computes again.
+    """
+    return Calling(model, BertSelfAttention, _attention)
+
+
+def _attention(
+    layer: BertSelfAttention, hidden_states: Tensor, mask: Tensor | None, with_map: bool
+) -> tuple[Tensor, Tensor | None]:
+    B, T, D = hidden_states.shape
+    if with_map or T > LONGEST or not torch.is_autocast_enabled("cpu"):
+        return BertSelfAttention.forward(layer, hidden_states, mask, with_map)
+    query, key, value = (
+        part(hidden_states).view(B, T, -1, layer.attention_head_size).transpose(1, 2)
+        for part in (layer.query, layer.key, layer.value)
+    )  # (B, H, T, K)
+    scores = query @ key.transpose(2, 3) * layer.attention_head_size**-0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probabilities = F.dropout(scores.softmax(-1), layer.dropout.p, layer.training)
+    return (probabilities @ value).transpose(1, 2).reshape(B, T, D), None
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
