@@ -8,11 +8,13 @@ import random
 import pytest
 import torch
 
+from minibert.config import BertConfig
 from minibert.heads import BertForPreTraining
 from minibert.pipelines import pipeline
 from minibert.tokenizer import BertTokenizer
 from minibert.training.command import add_arguments, run
 from minibert.training.curves import plot_curves, read_metrics
+from minibert.training.initial import look_at_neighbours
 
 SMALL = (
     "--vocab-size 90 --layers 1 --hidden-size 64 --max-length 32 --rows 4 --steps 6 --log-every 2 --validate-every 3"
@@ -90,3 +92,31 @@ def test_curves(tmp_path):
     )
     plot_curves(metrics, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("heads", "hidden_size"), [(4, 256), (12, 768), (3, 192)])
+def test_heads_start_at_neighbours(heads, hidden_size):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=500, hidden_size=hidden_size, num_attention_heads=heads, num_hidden_layers=2, intermediate_size=64
+    )
+    model = BertForPreTraining(config).eval()
+    second = [p.clone() for p in model.bert.encoder.layer[1].parameters()]
+    look_at_neighbours(model)
+    assert all(torch.equal(a, b) for a, b in zip(second, model.bert.encoder.layer[1].parameters(), strict=True))
+    with torch.no_grad():
+        maps = model.bert(torch.randint(5, 500, (2, 64)), output_attentions=True).attentions[0]  # (2, H, 64, 64)
+    for head, offset in zip(range(heads), [-1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6], strict=False):
+        mean = {d: float(maps[:, head].diagonal(d, dim1=1, dim2=2).mean()) for d in range(-10, 11)}
+        assert mean[offset] > 0.4
+        assert max(mean, key=mean.get) == offset
+
+
+def test_neighbours_on_the_command_line(text, tmp_path):
+    weights = []
+    for name, options in (("random", []), ("neighbours", ["--neighbours"])):
+        pretrain(text, "--output", tmp_path / name, *SMALL.split(), "--learning-rate", 1e-9, *options)
+        model = BertForPreTraining.from_pretrained(tmp_path / name / "model")
+        weights.append(model.bert.embeddings.position_embeddings.weight)
+    assert weights[0].abs().max() < 0.041  # cut at two standard deviations
+    assert 0.039 < weights[1].abs().max() < 0.0401

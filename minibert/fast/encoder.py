@@ -24,7 +24,7 @@ class Linear(Protocol):
     nbytes: int
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None): ...
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...  # in x's dtype, or the one asked for
     def add(self, x: Tensor, residual: Tensor) -> Tensor: ...
 
 
@@ -42,13 +42,15 @@ class Norm:
 @dataclass(frozen=True)
 class Kernels:
     """dtype: of what is stored between products. linear: for most products; after_gelu: for what follows the
-    activation; careful: for values and heads, where low precision costs most. rows: how many tokens go through the
-    feed-forward part at once, None for all: few, where steps between the products would otherwise leave the cache."""
+    activation; careful: for values and heads, where low precision costs most. attention: dtype of its products.
+    rows: how many tokens go through the feed-forward part at once, None for all: few, where steps between the products
+    would otherwise leave the cache."""
 
     dtype: torch.dtype
     linear: type[Linear]
     after_gelu: type[Linear]
     careful: type[Linear]
+    attention: torch.dtype
     rows: int | None = None
 
 
@@ -74,7 +76,7 @@ class FastLayer:
         down = kernels.after_gelu if activation.name in GELUS else kernels.linear
         self.down = join(down, layer.output.dense)
         self.norm = Norm(layer.output.LayerNorm, kernels.dtype)
-        self.rows = kernels.rows
+        self.rows, self.attention_dtype = kernels.rows, kernels.attention
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +87,8 @@ class FastLayer:
     ) -> Tensor:
         """(N, D) -> (N, D), or (M, D) for the M picked tokens."""
         D = x_ND.shape[1]
-        query, key, value = (part for linear in self.inputs for part in linear(x_ND).split(D, 1))
+        parts = (linear(x_ND, self.attention_dtype) for linear in self.inputs)
+        query, key, value = (part for joined in parts for part in joined.split(D, 1))
         if picked is not None:
             query, x_ND = query.index_select(0, picked.index), x_ND.index_select(0, picked.index)
         context = attend(query, key, value, packing, self.heads, picked, maps_BHTT)

@@ -35,9 +35,9 @@ class PlainLinear:
         self.weight, self.bias, self.activation = weight, bias, activation
         self.nbytes = 0  # the model's own parameters, unless joined or cast by the caller
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        return y if self.activation is None else self.activation(y)
+        return (y if self.activation is None else self.activation(y)).to(dtype or x.dtype)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """The layer's output plus `residual`."""
@@ -58,9 +58,9 @@ class PrepackedLinear:
         self._linear = torch.ops.mkldnn._linear_pointwise.default
         self._linear_binary = torch.ops.mkldnn._linear_pointwise.binary
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         y = self._linear(x, self.weight, self.bias, self.post_op, [], self.algorithm)
-        return y if self.activation is None else self.activation(y)
+        return (y if self.activation is None else self.activation(y)).to(dtype or x.dtype)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """The layer's output plus `residual`."""

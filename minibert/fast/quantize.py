@@ -21,8 +21,8 @@ class Bfloat16Linear(PrepackedLinear):
     def __init__(self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None):
         super().__init__(weight.bfloat16(), bias.bfloat16(), activation)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x.bfloat16()).to(x.dtype)
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return super().__call__(x.bfloat16()).to(dtype or x.dtype)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return super().__call__(x.bfloat16()).to(x.dtype).add_(residual)
@@ -47,20 +47,29 @@ class Int8Linear:
         self.nbytes = weight.numel()
         self._linear = torch.ops.onednn.qlinear_pointwise.default
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self._product(x)
-        return y if self.activation is None else self.activation(y)
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        steps, scale = self.quantize(x)
+        return self.finish(self.multiply(steps), scale, dtype or torch.float32)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """The layer's output plus `residual`."""
-        return self._product(x).add_(residual)
+        steps, scale = self.quantize(x)
+        return self.finish_add(self.multiply(steps), scale, residual)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, in) -> unsigned bytes (N, in), and what a step of each token is worth (N, 1)."""
+        scale = (self._largest(x.float()) / self.levels).clamp_min_(self.finest)
+        return self._rounded(x, scale), scale
+
+    def finish(self, product: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        y = product.mul_(scale).add_(self.bias)
+        return (y if self.activation is None else self.activation(y)).to(dtype)
+
+    def finish_add(self, product: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
+        return product.mul_(scale).add_(self.bias).add_(residual)
 
     def _largest(self, x: Tensor) -> Tensor:
         return x.abs().amax(1, keepdim=True)
-
-    def _product(self, x: Tensor) -> Tensor:
-        scale = (self._largest(x) / self.levels).clamp_min_(self.finest)  # (N, 1)
-        return self.multiply(self._rounded(x, scale)).mul_(scale).add_(self.bias)
 
     def multiply(self, x: Tensor) -> Tensor:
         """(x - centre) W^T in units of the token's scale, for x (N, in) of unsigned bytes."""

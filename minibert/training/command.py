@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--layers", type=int, help="instead of the size's")
     start.add_argument("--hidden-size", type=int, help="instead of the size's; heads have 64 dimensions")
     start.add_argument("--initializer-range", type=float, default=0.02, help="spread of new weights (0.02)")
+    start.add_argument(
+        "--neighbours", action="store_true", help="start with heads that look at neighbouring tokens: learns sooner"
+    )
     start.add_argument("--dropout", type=float, default=0.1, help="of hidden states and attention (0.1)")
     training = parser.add_argument_group("training")
     training.add_argument("--betas", type=float, nargs=2, metavar="B", help="AdamW's (0.9 0.999)")
@@ -155,6 +158,7 @@ def make_model(arguments: argparse.Namespace, corpus: Corpus, max_length: int, s
 
     from minibert.config import BertConfig
     from minibert.heads import BertForPreTraining
+    from minibert.training.initial import look_at_neighbours
 
     if arguments.init:
         return BertForPreTraining.from_pretrained(arguments.init)
@@ -168,7 +172,10 @@ def make_model(arguments: argparse.Namespace, corpus: Corpus, max_length: int, s
         changes |= {"hidden_size": arguments.hidden_size, "num_attention_heads": heads}
         changes["intermediate_size"] = 4 * arguments.hidden_size
     torch.manual_seed(seed)
-    return BertForPreTraining(BertConfig.named(arguments.size, **changes))
+    model = BertForPreTraining(BertConfig.named(arguments.size, **changes))
+    if arguments.neighbours:
+        look_at_neighbours(model)
+    return model
 
 
 def export(job: Run, directory: Path) -> None:
