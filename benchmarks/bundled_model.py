@@ -104,8 +104,9 @@ def main() -> None:
     for key, value in result.items():
         print(f"{key:20} {value:,.4f}" if isinstance(value, float) else f"{key:20} {value:,}")
     fill_mask = pipeline("fill-mask", name)
-    for sentence in SENTENCES:
-        print(f"{sentence:55} {', '.join(answer['token_str'] for answer in fill_mask(sentence))}")
+    result["sentences"] = {text: [answer["token_str"] for answer in fill_mask(text)] for text in SENTENCES}
+    for text, words in result["sentences"].items():
+        print(f"{text:55} {', '.join(words)}")
     if arguments.save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "bundled_model.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,10 +1,10 @@
 """Is a fine-tuned encoder better than a bag of words? A small task built from real text, several seeds.
 
 The task: half of a sentence is given, without capitals and punctuation; is it the first half or the second? Words alone
-say something about it, their order says more. Sentences come from the corpus, those to validate on from its
-validation part. All contenders see the same examples.
+say something about it, their order says more. Sentences to learn from are of the corpus, others of its validation part:
+some choose the epoch, or the strength of weight decay, the rest are the test. All contenders see the same examples.
 
-    python benchmarks/finetune.py --model DIRECTORY [--corpus ../shared/corpus] [--seeds 3]
+    python benchmarks/finetune.py [--model NAME] [--corpus ../shared/corpus] [--seeds 3]
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from statistics import mean, stdev
 import common
 import torch
 from torch import Tensor, nn
+
+from minibert import cli, hub
+from minibert.pipelines import pipeline
 
 Example = tuple[str, str]  # text, label
 WORDS = (12, 40)  # of a sentence
@@ -53,8 +56,8 @@ def features(text: str, longest: int) -> set[str]:
     return set(words) | ({" ".join(pair) for pair in pairwise(words)} if longest == 2 else set())
 
 
-def bag_of_words(train: list[Example], validation: list[Example], longest: int) -> float:
-    """Accuracy of a logistic regression on the presence of words; of several strengths of weight decay, the best."""
+def bag_of_words(train: list[Example], validation: list[Example], test: list[Example], longest: int) -> float:
+    """Accuracy of a logistic regression on the presence of words; validation chooses the strength of weight decay."""
     counts = Counter(feature for text, _ in train for feature in features(text, longest))
     columns = {feature: i for i, feature in enumerate(f for f, n in counts.items() if n > 1)}
 
@@ -64,8 +67,8 @@ def bag_of_words(train: list[Example], validation: list[Example], longest: int) 
             x[row, [columns[f] for f in features(text, longest) if f in columns]] = 1
         return x, torch.tensor([float(label == "second") for _, label in examples])
 
-    (x, y), (dev_x, dev_y) = matrix(train), matrix(validation)
-    best = 0.0
+    (x, y), held_out = matrix(train), (matrix(validation), matrix(test))
+    best = (0.0, 0.0)
     for decay in (1e-4, 1e-3, 1e-2):
         model = nn.Linear(len(columns), 1)
         nn.init.zeros_(model.weight)
@@ -79,48 +82,51 @@ def bag_of_words(train: list[Example], validation: list[Example], longest: int) 
             return value
 
         optimizer.step(loss)
-        best = max(best, float(((model(dev_x).squeeze(1) > 0) == dev_y.bool()).float().mean()))
-    return best
+        best = max(best, tuple(float(((model(a).squeeze(1) > 0) == b.bool()).float().mean()) for a, b in held_out))
+    return best[1]
 
 
-def finetuned(model: str, train: list[Example], validation: list[Example], seed: int, options: list[str]) -> float:
-    """Accuracy of the best epoch of `minibert finetune`."""
-    from minibert import cli
-    from minibert.training.curves import read_metrics
-
+def finetuned(
+    model: str, train: list[Example], validation: list[Example], test: list[Example], options: list[str]
+) -> float:
+    """Accuracy of what `minibert finetune` writes: the model of its best epoch."""
     with tempfile.TemporaryDirectory() as folder:
         for name, examples in (("train", train), ("validation", validation)):
             with open(f"{folder}/{name}.csv", "w", newline="") as file:
                 csv.writer(file).writerows([("text", "label"), *examples])
         files = ["--train", f"{folder}/train.csv", "--validation", f"{folder}/validation.csv"]
         command = ["finetune", "--task", "classification", *files, "--model", model, "--output", f"{folder}/run"]
-        if cli.main([*command, "--seed", str(seed), *options]):
+        if cli.main([*command, *options]):
             raise RuntimeError("minibert finetune failed")
-        return max(line["accuracy"] for line in read_metrics(f"{folder}/run/metrics.jsonl"))
+        answers = pipeline("text-classification", f"{folder}/run/model")([text for text, _ in test])
+    return mean(answer["label"] == label for answer, (_, label) in zip(answers, test, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="a directory or a name on the Hub; default: the bundled model")
     parser.add_argument("--corpus", type=Path, default=Path(__file__).parents[2] / "shared" / "corpus")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", type=int, default=3000, help="examples")
     parser.add_argument("--validation", type=int, default=1000, help="examples")
+    parser.add_argument("--test", type=int, default=2000, help="examples")
     parser.add_argument("--epochs", default="3")
     parser.add_argument("--learning-rate", default="3e-4")
     arguments = parser.parse_args()
     train = halves(arguments.corpus / "train.txt.xz", arguments.train, 0)
-    validation = halves(arguments.corpus / "validation.txt.xz", arguments.validation, 1)
+    held_out = halves(arguments.corpus / "validation.txt.xz", arguments.validation + arguments.test, 1)
+    validation, test = held_out[: arguments.validation], held_out[arguments.validation :]
     options = ["--epochs", arguments.epochs, "--learning-rate", arguments.learning_rate]
     found = {
-        "majority": [max(Counter(label for _, label in validation).values()) / len(validation)],
-        "bag of words": [bag_of_words(train, validation, 1)],
-        "bag of words and pairs": [bag_of_words(train, validation, 2)],
+        "majority": [max(Counter(label for _, label in test).values()) / len(test)],
+        "bag of words": [bag_of_words(train, validation, test, 1)],
+        "bag of words and pairs": [bag_of_words(train, validation, test, 2)],
         "minibert finetune": [
-            finetuned(arguments.model, train, validation, seed, options) for seed in range(arguments.seeds)
+            finetuned(arguments.model or hub.default_model(), train, validation, test, [*options, "--seed", str(seed)])
+            for seed in range(arguments.seeds)
         ],
     }
-    shape = f"{len(train)} halves of sentences to learn from, {len(validation)} to validate on"
+    shape = f"{len(train)} halves of sentences to learn from, {len(validation)} to choose by, {len(test)} to test on"
     table = []
     for name, accuracies in found.items():
         spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
