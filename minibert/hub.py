@@ -107,6 +107,11 @@ class Source:
         self.local_files_only = local_files_only
         self.token = token
 
+    @property
+    def is_bundled(self) -> bool:
+        """Whether it comes with the package."""
+        return self.directory is not None and self.directory.parent == _MODELS
+
     def file(self, filename: str) -> Path | None:
         """Local path of one file, None if the model has no such file. Offline, what is not cached does not exist."""
         _check_relative(filename, "filename")

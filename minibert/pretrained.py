@@ -54,7 +54,8 @@ class Pretrained:
             name_or_path: a directory, a bundled model, or a name on the Hub; `revision`, `cache_dir`,
                 `local_files_only` and `token` are explained at `minibert.hub.Source`, with the errors.
             config: instead of the one beside the weights.
-            dtype: of the parameters; default that of the file.
+            dtype: of the parameters; default that of the file, but float32 for the bundled model, which is in float16
+                only to be small ("auto": that of the file, always).
             device: where the parameters go; default the CPU.
             output_loading_info: return (model, report), the report saying what became of every tensor.
             **changes: fields of the config (`num_labels=3`), or further arguments of the class
@@ -67,6 +68,8 @@ class Pretrained:
         source = hub.as_source(
             name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
+        if dtype is None and source.is_bundled:
+            dtype = torch.float32
         dtype, device = as_dtype(dtype), as_device(device)
         model, report = cls._prepare(source, config, changes)
         if missing := report.named("missing"):

@@ -18,7 +18,7 @@ import pytest
 from hub_server import Fault, LocalHub
 from huggingface_hub import constants
 
-from minibert import hub
+from minibert import BertConfig, BertModel, hub
 
 WEIGHTS = bytes(range(256)) * 64  # large enough for the storage server
 FILES = {"config.json": b'{"model_type": "bert"}', "model.safetensors": WEIGHTS, "pytorch_model.bin": b"never" * 2000}
@@ -263,6 +263,17 @@ def test_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.fetch(hub.default_model(), "config.json") == tmp_path / "minibert-tiny" / "config.json"
 
 
+def test_bundled_model_is_stored_in_half_precision_and_opened_in_single(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(hub, "_MODELS", tmp_path)
+    model = BertModel(BertConfig.named("tiny", vocab_size=50)).half()
+    for directory in (tmp_path / "bundled", tmp_path / "elsewhere" / "own"):
+        model.save_pretrained(directory)
+    for name in ("bundled", hub.default_model()):
+        assert BertModel.from_pretrained(name).dtype == torch.float32
+        assert BertModel.from_pretrained(name, dtype="auto").dtype == torch.float16
+    assert BertModel.from_pretrained(tmp_path / "elsewhere" / "own").dtype == torch.float16
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
@@ -333,7 +344,7 @@ def test_failure_changes_nothing(tmp_path: Path) -> None:
 # Dies at the n-th call that changes the directory or opens a file in it, while it saves a new set of files
 DYING_SAVE = """
 import json, os, sys
-from minibert import hub
+from minibert import BertConfig, BertModel, hub
 directory, left, new = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 events = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 def die(event, args):
