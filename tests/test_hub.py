@@ -15,6 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from hub_server import Fault, LocalHub
 from huggingface_hub import constants
 
