@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+STARTED = datetime.now().isoformat(timespec="minutes")  # of this run
 PEERS = ("torch", "transformers", "onnxruntime", "openvino", "ctranslate2", "sentence-transformers")
 _PAUSE = 0.01  # seconds between contenders: idle threads of the last one stop spinning
 
@@ -49,7 +50,7 @@ def machine() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
-        "date": date.today().isoformat(),
+        "date": STARTED,
         "device": device,
         "cores": cores,
         "threads": torch.get_num_threads(),

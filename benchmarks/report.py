@@ -16,12 +16,13 @@ Row = dict[str, Any]
 
 
 def latest(file: Path) -> list[Row]:
-    """Of each contender in each shape, the row written last."""
+    """The rows of each shape's last run: contenders are compared within a run only."""
     if not file.exists():
         return []
     with file.open(newline="") as stream:
-        rows = {(row["benchmark"], row["shape"], row["contender"]): row for row in csv.DictReader(stream)}
-    return list(rows.values())
+        rows = list(csv.DictReader(stream))
+    last = {(row["benchmark"], row["shape"]): row["date"] for row in rows}
+    return [row for row in rows if row["date"] == last[row["benchmark"], row["shape"]]]
 
 
 def by_shape(rows: list[Row]) -> dict[str, list[Row]]:
