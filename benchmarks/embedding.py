@@ -1,6 +1,10 @@
 """How fast are sentences embedded, text to vector? minibert against sentence-transformers, ONNX Runtime, fastembed.
 
     python -m benchmarks.embedding --model MINILM_DIRECTORY --corpus sentences.txt.xz
+    python -m benchmarks.embedding --model MINILM_DIRECTORY --memory 10
+
+`--memory` embeds a million short texts from a generator, for at most so many minutes, and writes down what the process
+holds on the way.
 
 All use the same weights and texts of natural lengths, and sort them by length: sentence-transformers by itself (by
 characters), the ONNX contenders by the tokens counted beforehand. Tokenizing is part of the time. fastembed is left out
@@ -13,8 +17,10 @@ import argparse
 import lzma
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +28,34 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from benchmarks.common import RESULTS, Contender, alternate, append, check, rows, show
+from benchmarks.common import RESULTS, Contender, alternate, append, check, machine, rows, show
 from benchmarks.contenders import CACHE, onnx_file, onnxruntime_float32
 from minibert import SentenceEncoder
 
+TEXT = Path(__file__).parents[2] / "shared" / "corpus" / "validation.txt.xz"
 BATCH = 32  # sentence-transformers' own default; 64 and 128 are slower here
 BASELINE = "sentence-transformers"
 EXACT = 1e-6  # for float32; half precision and int8 are reported with their cosine
 Encode = Callable[[], Tensor]
+Row = dict[str, Any]
+
+
+def measure_memory(model: str, minutes: float, texts: int = 1_000_000, step: int = 25_000) -> list[Row]:
+    """Resident memory after every `step` texts of three random words."""
+    encoder, draw = SentenceEncoder.from_pretrained(model), random.Random(0)
+    words = sorted(word for word in encoder.tokenizer.get_vocab() if word.isalpha() and len(word) > 3)
+    table, done, start = [], 0, time.monotonic()
+    for vectors in encoder.encode_stream(" ".join(draw.choices(words, k=3)) for _ in range(texts)):
+        done += len(vectors)
+        if done >= step * (len(table) + 1):
+            resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line)
+            seconds = time.monotonic() - start
+            table.append({**machine(), "texts": done, "resident_mib": int(resident.split()[1]) // 1024,
+                          "seconds": round(seconds)})  # fmt: skip
+            print(f"{done:9,} texts  {table[-1]['resident_mib']:6,} MiB  {seconds:6.0f} s", flush=True)
+            if seconds > 60 * minutes:
+                break
+    return table
 
 
 def sentences(corpus: Path, count: int) -> list[str]:
@@ -114,11 +140,15 @@ def build(model: Path, texts: list[str]) -> list[Contender]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a directory with all-MiniLM-L6-v2")
-    parser.add_argument("--corpus", type=Path, required=True, help="a text, xz, one sentence a line")
+    parser.add_argument("--corpus", type=Path, default=TEXT, help="a text, xz, one sentence a line")
     parser.add_argument("--texts", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS / "embedding.csv")
+    parser.add_argument("--memory", type=float, metavar="MINUTES", help="measure memory instead, for so long at most")
     options = parser.parse_args()
+    if options.memory:
+        append(measure_memory(options.model, options.memory), options.out.with_stem("embedding-memory"))
+        return
     texts = sentences(options.corpus, options.texts)
     contenders = build(options.model, texts)
     truth = contenders[0].run()
