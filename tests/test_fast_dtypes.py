@@ -169,10 +169,9 @@ def test_lengths_do_not_recompile(always_fast):
 
     for width in (96, 192):
         fast = optimize(make(hidden_size=width), "int8")
-        for length in (1, 2, 3, 30):  # a single row is code of its own
-            fast(text(shape=(1, length)))
+        fast(text(shape=(1, 30)))
         before = counters["stats"]["unique_graphs"]
-        for length in range(2, 32, 4):
+        for length in range(1, 32, 3):
             fast(text(shape=(1 + length % 3, length)))
         assert counters["stats"]["unique_graphs"] == before
 

@@ -21,16 +21,14 @@ def _compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(step, dynamic=True)
 
 
-def _round_signed(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.float()
-    scale = (x.abs().amax(1, keepdim=True) / Int8Linear.levels).clamp_min(Int8Linear.finest)
-    return ((x * scale.reciprocal()).round() + Int8Linear.centre).to(torch.uint8), scale
+@functools.cache
+def _rounding(linear: type[Int8Linear]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.float()
+        scale = (linear.largest(x) / linear.levels).clamp_min(linear.finest)
+        return ((x * scale.reciprocal()).round() + linear.centre).to(torch.uint8), scale
 
-
-def _round_after_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.float()
-    scale = (x.amax(1, keepdim=True) / Int8AfterGelu.levels).clamp_min(Int8AfterGelu.finest)
-    return ((x * scale.reciprocal()).round() + Int8AfterGelu.centre).to(torch.uint8), scale
+    return quantize
 
 
 def _finish(product: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,25 +48,27 @@ def _finish_with(activation: str) -> Callable[..., Tensor]:
 
 
 class FusedInt8Linear(Int8Linear):
-    """Int8Linear with its steps compiled."""
-
-    _round = staticmethod(_round_signed)
+    """Int8Linear with its steps compiled, but for a single row: torch would compile that once more."""
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _compiled(self._round)(x)
+        if len(x) == 1:
+            return super().quantize(x)
+        return _compiled(_rounding(type(self)))(x)
 
     def finish(self, product: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        if len(product) == 1:
+            return super().finish(product, scale, dtype)
         step = _finish if self.activation is None else _finish_with(self.activation.name)
         return _compiled(step)(product, scale, self.bias, dtype)
 
     def finish_add(self, product: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
+        if len(product) == 1:
+            return super().finish_add(product, scale, residual)
         return _compiled(_finish_add)(product, scale, self.bias, residual)
 
 
 class FusedInt8AfterGelu(FusedInt8Linear, Int8AfterGelu):
     """Int8AfterGelu with its steps compiled."""
-
-    _round = staticmethod(_round_after_gelu)
 
 
 @functools.cache

@@ -58,7 +58,7 @@ class Int8Linear:
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, in) -> unsigned bytes (N, in), and what a step of each token is worth (N, 1)."""
-        scale = (self._largest(x.float()) / self.levels).clamp_min_(self.finest)
+        scale = (self.largest(x.float()) / self.levels).clamp_min_(self.finest)
         return self._rounded(x, scale), scale
 
     def finish(self, product: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,7 +68,9 @@ class Int8Linear:
     def finish_add(self, product: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
         return product.mul_(scale).add_(self.bias).add_(residual)
 
-    def _largest(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def largest(x: Tensor) -> Tensor:
+        """The magnitude that the last level stands for, (N, 1)."""
         return x.abs().amax(1, keepdim=True)
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -89,5 +91,6 @@ class Int8AfterGelu(Int8Linear):
 
     centre, levels, finest = 16, 239, 0.17 / 16
 
-    def _largest(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def largest(x: Tensor) -> Tensor:
         return x.amax(1, keepdim=True)
