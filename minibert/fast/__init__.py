@@ -21,7 +21,6 @@ def optimize(model: BertPreTrainedModel, dtype: str | torch.dtype | None = None)
 
     dtype: what matrix products are computed in. None, the model's own dtype: outputs differ by rounding only.
     "bfloat16" and "int8" are faster and less exact; "auto" is bfloat16 where this CPU is fast at it, else float32.
-    "int8" compiles small loops in its first calls, which take some seconds more, if there is a C++ compiler.
     Outputs always come in the model's own dtype.
 
     Parameters are shared with `model`, apart from a second copy of the weights in the layout that the kernels read.

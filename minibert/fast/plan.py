@@ -10,7 +10,6 @@ import torch
 
 from minibert.base import BertPreTrainedModel
 from minibert.fast.encoder import Kernels, Linear
-from minibert.fast.fused import FusedInt8AfterGelu, FusedInt8Linear, fused_obstacle
 from minibert.fast.onednn import PlainLinear, PrepackedLinear
 from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
 
@@ -131,8 +130,6 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None) -> Plan:
         reason = speeds.obstacles.get(wanted, f"{speeds.of(wanted):.0f} GFLOP/s, float32 has {speeds.float32:.0f}")
         raise ValueError(f"dtype={wanted!r}: this CPU is slow at it ({reason}); use 'auto' or 'float32'")
     kernels = _kernels(wanted, speeds)
-    if wanted == "int8" and fused_obstacle():
-        why += f"; its steps one by one, since they do not compile ({fused_obstacle()})"
     if kernels.careful is not kernels.linear:
         why += f"; values and heads on {kernels.careful.__name__}, attention in {NAMES[kernels.attention]}"
     chosen = f"chosen: {wanted} on {kernels.linear.__name__}, {why}"
@@ -144,8 +141,7 @@ def _kernels(name: str, speeds: Speeds) -> Kernels:
     if name == "int8":
         careful = Bfloat16Linear if speeds.gains("bfloat16") else float32
         attention = torch.bfloat16 if careful is Bfloat16Linear else torch.float32
-        linear = (Int8Linear, Int8AfterGelu) if fused_obstacle() else (FusedInt8Linear, FusedInt8AfterGelu)
-        return Kernels(torch.float32, *linear, careful, attention, rows=_ROWS)
+        return Kernels(torch.float32, Int8Linear, Int8AfterGelu, careful, attention, rows=_ROWS)
     return _all(torch.float32, float32) if name == "float32" else _all(getattr(torch, name), PrepackedLinear)
 
 

@@ -48,29 +48,19 @@ class Int8Linear:
         self._linear = torch.ops.onednn.qlinear_pointwise.default
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        steps, scale = self.quantize(x)
-        return self.finish(self.multiply(steps), scale, dtype or torch.float32)
+        y = self._product(x)
+        return (y if self.activation is None else self.activation(y)).to(dtype or torch.float32)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """The layer's output plus `residual`."""
-        steps, scale = self.quantize(x)
-        return self.finish_add(self.multiply(steps), scale, residual)
+        return self._product(x).add_(residual)
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, in) -> unsigned bytes (N, in), and what a step of each token is worth (N, 1)."""
-        scale = (self.largest(x.float()) / self.levels).clamp_min_(self.finest)
-        return self._rounded(x, scale), scale
+    def _product(self, x: Tensor) -> Tensor:
+        x = x.float()
+        scale = (self._largest(x) / self.levels).clamp_min_(self.finest)  # (N, 1)
+        return self.multiply(self._rounded(x, scale)).mul_(scale).add_(self.bias)
 
-    def finish(self, product: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        y = product.mul_(scale).add_(self.bias)
-        return (y if self.activation is None else self.activation(y)).to(dtype)
-
-    def finish_add(self, product: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
-        return product.mul_(scale).add_(self.bias).add_(residual)
-
-    @staticmethod
-    def largest(x: Tensor) -> Tensor:
-        """The magnitude that the last level stands for, (N, 1)."""
+    def _largest(self, x: Tensor) -> Tensor:
         return x.abs().amax(1, keepdim=True)
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -91,6 +81,5 @@ class Int8AfterGelu(Int8Linear):
 
     centre, levels, finest = 16, 239, 0.17 / 16
 
-    @staticmethod
-    def largest(x: Tensor) -> Tensor:
+    def _largest(self, x: Tensor) -> Tensor:
         return x.amax(1, keepdim=True)
