@@ -58,7 +58,8 @@ class Int8Linear:
     def _product(self, x: Tensor) -> Tensor:
         x = x.float()
         scale = (self._largest(x) / self.levels).clamp_min_(self.finest)  # (N, 1)
-        return self.multiply(self._rounded(x, scale)).mul_(scale).add_(self.bias)
+        product = self.multiply(self._rounded(x, scale))
+        return torch.addcmul(self.bias, product, scale, out=product)
 
     def _largest(self, x: Tensor) -> Tensor:
         return x.abs().amax(1, keepdim=True)
