@@ -120,3 +120,7 @@ def test_neighbours_on_the_command_line(text, tmp_path):
         weights.append(model.bert.embeddings.position_embeddings.weight)
     assert weights[0].abs().max() < 0.041  # cut at two standard deviations
     assert 0.039 < weights[1].abs().max() < 0.0401
+    with pytest.raises(ValueError, match="--neighbours is for a start from scratch"):
+        pretrain(
+            text, "--output", tmp_path / "c", "--init", tmp_path / "random" / "model", *SMALL.split(), "--neighbours"
+        )

@@ -161,6 +161,8 @@ def make_model(arguments: argparse.Namespace, corpus: Corpus, max_length: int, s
     from minibert.training.initial import look_at_neighbours
 
     if arguments.init:
+        if arguments.neighbours:
+            raise ValueError("--neighbours is for a start from scratch: leave it or --init out")
         return BertForPreTraining.from_pretrained(arguments.init)
     changes = {"vocab_size": corpus.vocab_size, "max_position_embeddings": max_length}
     changes["initializer_range"] = arguments.initializer_range
