@@ -57,7 +57,9 @@ def plot(title: str, rows: list[Row], file: Path) -> None:
     colours = ["tab:orange" if row["contender"].startswith("minibert") else "tab:gray" for row in rows]
     bars = axis.barh([row["contender"] for row in rows], [float(row["ratio"]) for row in rows], color=colours)
     axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.set(title=title, xlabel=f"times faster than {rows[0]['baseline']}")
+    axis.margins(x=0.1, y=0.02)
+    axis.set(xlabel=f"times faster than {rows[0]['baseline']}")
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
