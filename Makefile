@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint bench clean
 
-demo: .venv/.checkpoints
+demo: .venv/.installed
 	$(BIN)/minibert demo
 
 test: .venv/.installed-test

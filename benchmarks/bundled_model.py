@@ -104,12 +104,12 @@ def main() -> None:
     for key, value in result.items():
         print(f"{key:20} {value:,.4f}" if isinstance(value, float) else f"{key:20} {value:,}")
     fill_mask = pipeline("fill-mask", name)
-    result["sentences"] = {text: [answer["token_str"] for answer in fill_mask(text)] for text in SENTENCES}
-    for text, words in result["sentences"].items():
+    answers = {text: [answer["token_str"] for answer in fill_mask(text)] for text in SENTENCES}
+    for text, words in answers.items():
         print(f"{text:55} {', '.join(words)}")
     if arguments.save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "bundled_model.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "bundled_model.json").write_text(json.dumps(result | {"sentences": answers}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

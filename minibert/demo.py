@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,8 @@ PRETRAINING_MASKED = ("election", "attacked")  # the words whose first tokens ar
 
 
 def run(model: str | None = None) -> None:
-    """Print the three flows: on `model`, else on the Hub's bert-base where it can be had, else on what is here.
-
-    Raises ValueError if nothing is.
-    """
-    cased, uncased = (model, model) if model else _bert_base_or_local()
+    """Print the three flows: on `model`, else on the Hub's bert-base where it can be had, else on the bundled model."""
+    cased, uncased = (model, model) if model else _bert_base_or_bundled()
     print(f"fill-mask with {Path(cased).name}\n  {FILL_MASK}")
     for answer in pipeline("fill-mask", cased)(FILL_MASK):
         print(f"  {answer['score']:.4f}  {answer['token_str']}")
@@ -62,7 +58,7 @@ def run(model: str | None = None) -> None:
         print(f"  position {mask['position']}: {mask['token']} has probability {mask['probability']:.4f}")
 
 
-def _bert_base_or_local() -> tuple[str, str]:
+def _bert_base_or_bundled() -> tuple[str, str]:
     """Names of a cased and an uncased model."""
     names = ("bert-base-cased", "bert-base-uncased")
     offline = not hub.is_reachable()
@@ -70,25 +66,10 @@ def _bert_base_or_local() -> tuple[str, str]:
         try:  # what the cache holds needs no Hub
             hub.fetch_weights(name, local_files_only=offline)
         except OSError:
-            print(f"{name} is not in the cache and the Hub cannot be reached.")
-            local = _local_model()
-            return local, local
+            bundled = hub.default_model()
+            print(f"{name} is not in the cache and the Hub cannot be reached.\nThis is minibert's own small model.\n")
+            return bundled, bundled
     return names
-
-
-def _local_model() -> str:
-    """The bundled model, or else a checkpoint from the package index: small, trained on chemical reactions."""
-    if hub.bundled_models():
-        print("This is minibert's own small model.\n")
-        return hub.default_model()
-    package = importlib.util.find_spec("rxnfp")  # finds it without importing it
-    if package is None:
-        return hub.default_model()  # its error says what to do
-    print(
-        "This is rxnfp's bert_pretrained, a real BERT with both heads, but for the language of chemical reactions: it\n"
-        "knows hardly an English word, so mind how the figures come about, not what they say.\n"
-    )
-    return str(Path(package.submodule_search_locations[0]) / "models" / "transformers" / "bert_pretrained")
 
 
 def pretraining_loss(

@@ -8,28 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import minibert
 from minibert import cli, hub
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # Commands that are shown and not run here: they train, or read files of the reader's own
 NOT_RUN = ("minibert pretrain", "minibert finetune", "minibert convert", "minibert embed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_model(tmp_path_factory, minilm_dir):
-    """Where no model is bundled, a small one with random weights and an English vocabulary stands in for it."""
-    if hub.bundled_models():
-        yield
-        return
-    models = tmp_path_factory.mktemp("models")
-    config = minibert.BertConfig.named("tiny", pad_token_id=0)
-    minibert.BertForPreTraining(config).save_pretrained(models / "small")
-    minibert.BertTokenizer(str(minilm_dir / "vocab.txt")).save_pretrained(models / "small")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub, "_MODELS", models)
-        yield
 
 
 def local(text: str) -> str:

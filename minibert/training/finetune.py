@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ class FineTuning:
     def checkpoint(self) -> Path:
         return self.directory / CHECKPOINT
 
+    @cached_property
     def _data(self) -> dict[str, Any]:
         """What decides on the stream of batches and on the schedule."""
         rows = json.dumps([self.train.input_ids, self.train.targets]).encode()
@@ -106,7 +108,7 @@ class FineTuning:
 
     def save(self) -> None:
         """Write the whole state, in one step."""
-        state = {"step": self.step, "best": self.best, "losses": self._losses, "data": self._data()}
+        state = {"step": self.step, "best": self.best, "losses": self._losses, "data": self._data}
         with replacing(self.checkpoint) as partial:
             torch.save(state | {"parameters": state_of(self.model, self.optimizer)}, partial)
 
@@ -118,7 +120,7 @@ class FineTuning:
         if not self.checkpoint.is_file():
             raise FileNotFoundError(f"nothing to resume in {self.directory}: no {CHECKPOINT}")
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        for name, value in self._data().items():
+        for name, value in self._data.items():
             if state["data"].get(name) != value:
                 was = "other examples or labels" if name == "rows" else f"{name}={state['data'].get(name)}, not {value}"
                 raise ValueError(f"{self.checkpoint} was trained with {was}")

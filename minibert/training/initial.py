@@ -27,10 +27,7 @@ def look_at_neighbours(model: BertForPreTraining) -> None:
     rates = _FASTEST * 10000 ** (-torch.arange(0, D - 1, 2) / D)  # (D / 2,)
     angles = torch.arange(len(positions))[:, None] * rates
     amplitude = _AMPLITUDE * config.initializer_range
-    positions[:, 0 : 2 * len(rates) : 2], positions[:, 1 : 2 * len(rates) : 2] = (
-        amplitude * angles.sin(),
-        amplitude * angles.cos(),
-    )
+    positions[:, : 2 * len(rates)] = amplitude * torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
     # LayerNorm divides by the standard deviation of word + segment + position
     normed = _AMPLITUDE**2 / (2 + _AMPLITUDE**2 / 2)
     gain = (_SHARPNESS * K**0.5 / (normed * (K // 2))) ** 0.5
