@@ -20,13 +20,13 @@ import torch
 from common import RESULTS
 from torch import Tensor
 
-from minibert import hub
 from minibert.heads import BertForPreTraining
 from minibert.pipelines import pipeline
-from minibert.tokenizer import BertTokenizer
-from minibert.training.corpus import Corpus, build_corpus
-from minibert.training.data import BatchMaker, PairRules, plan_batches
-from minibert.training.objective import PretrainingLoss
+from minibert.pretraining.corpus import Corpus, build_corpus
+from minibert.pretraining.data import BatchMaker, PairRules, plan_batches
+from minibert.pretraining.loss import PretrainingLoss
+from minibert.text.tokenizer import BertTokenizer
+from minibert.weights import hub
 
 TEXT = Path(__file__).parents[2] / "shared" / "corpus" / "validation.txt.xz"
 SENTENCES = (

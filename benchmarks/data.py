@@ -23,8 +23,8 @@ from pathlib import Path
 from common import RESULTS, machine
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from minibert.training.corpus import build_corpus, train_vocab
-from minibert.training.data import BatchMaker, PairRules, plan_batches
+from minibert.pretraining.corpus import build_corpus, train_vocab
+from minibert.pretraining.data import BatchMaker, PairRules, plan_batches
 
 TEXT = Path(__file__).parents[2] / "shared" / "corpus" / "validation.txt.xz"
 BATCHES = 200

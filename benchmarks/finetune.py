@@ -24,8 +24,9 @@ import common
 import torch
 from torch import Tensor, nn
 
-from minibert import cli, hub
+from minibert import cli
 from minibert.pipelines import pipeline
+from minibert.weights import hub
 
 Example = tuple[str, str]  # text, label
 WORDS = (12, 40)  # of a sentence

@@ -27,11 +27,11 @@ import torch
 from common import RESULTS, Contender, append, compare
 
 import minibert
-from minibert.training import data
-from minibert.training.corpus import Corpus, build_corpus, train_vocab
-from minibert.training.data import Batch, BatchMaker, PairRules, Plan, Position
-from minibert.training.loop import Run, Settings
-from minibert.training.objective import make_optimizer
+from minibert.pretraining import data
+from minibert.pretraining.corpus import Corpus, build_corpus, train_vocab
+from minibert.pretraining.data import Batch, BatchMaker, PairRules, Plan, Position
+from minibert.pretraining.loop import Run, Settings
+from minibert.training.optimizer import make_optimizer
 
 RULES = PairRules(max_length=128, short_probability=0.0)
 TEXT = Path(__file__).parents[2] / "shared" / "corpus" / "validation.txt.xz"

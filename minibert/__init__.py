@@ -24,7 +24,7 @@ _HOME = {
         "BertForTokenClassification",
         "NextSentence",
     ],
-    "minibert.tokenizer": ["BatchEncoding", "BertTokenizer", "BertTokenizerFast"],
+    "minibert.text.tokenizer": ["BatchEncoding", "BertTokenizer", "BertTokenizerFast"],
     "minibert.pipelines": ["pipeline"],
     "minibert.fast": ["optimize"],
     "minibert.embedding": ["SentenceEncoder"],

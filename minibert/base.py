@@ -11,7 +11,7 @@ from torch import nn
 
 from minibert.config import BertConfig
 from minibert.outputs import ModelOutput
-from minibert.pretrained import Pretrained
+from minibert.weights.pretrained import Pretrained
 
 
 class BertPreTrainedModel(Pretrained, nn.Module):

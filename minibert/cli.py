@@ -53,7 +53,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_model(arguments: Arguments) -> str:
-    from minibert import hub
+    from minibert.weights import hub
 
     return arguments.model or hub.default_model()
 
@@ -136,7 +136,7 @@ def run_pretraining_loss(arguments: Arguments) -> None:
     """The joint loss of masked words and next sentence on a pair of texts; every token is a label."""
     from minibert.demo import pretraining_loss
     from minibert.heads import BertForPreTraining, NextSentence
-    from minibert.tokenizer import BertTokenizer
+    from minibert.text.tokenizer import BertTokenizer
 
     name = chosen_model(arguments)
     model = BertForPreTraining.from_pretrained(name, revision=arguments.revision)
@@ -187,7 +187,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def run_inspect(arguments: Arguments) -> None:
     """What a checkpoint holds: the tree of modules, parameters, and what became of each tensor."""
-    from minibert.convert import inspect
+    from minibert.weights.convert import inspect
 
     name = chosen_model(arguments)
     model, report = inspect(name, arguments.head, revision=arguments.revision)
@@ -231,7 +231,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(arguments: Arguments) -> None:
     """Write any BERT checkpoint anew: config.json, safetensors with today's names, tokenizer files."""
-    from minibert.convert import convert
+    from minibert.weights.convert import convert
 
     report = convert(
         arguments.source,
@@ -250,14 +250,14 @@ def run_convert(arguments: Arguments) -> None:
 
 
 def add_pretrain(parser: argparse.ArgumentParser) -> None:
-    from minibert.training.command import add_arguments
+    from minibert.pretraining.command import add_arguments
 
     add_arguments(parser)
 
 
 def run_pretrain(arguments: Arguments) -> None:
     """Pretrain a model with masked words and next sentences on text files, from scratch or from a checkpoint."""
-    from minibert.training.command import run
+    from minibert.pretraining.command import run
 
     run(arguments)
 
@@ -336,14 +336,14 @@ def run_answer(arguments: Arguments) -> None:
 
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:
-    from minibert.training.finetune_command import add_arguments
+    from minibert.finetuning.command import add_arguments
 
     add_arguments(parser)
 
 
 def run_finetune(arguments: Arguments) -> None:
     """Fine-tune a model to classify texts or to tag words, and keep the best epoch."""
-    from minibert.training.finetune_command import run
+    from minibert.finetuning.command import run
 
     arguments.model = chosen_model(arguments)
     run(arguments)

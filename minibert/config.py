@@ -168,7 +168,7 @@ class BertConfig:
 
         Takes `revision`, `cache_dir`, `local_files_only` and `token` as the models do; the rest are changed fields.
         """
-        from minibert import hub
+        from minibert.weights import hub
 
         where_names = ("revision", "cache_dir", "local_files_only", "token")
         where = {name: where_and_changes.pop(name) for name in where_names if name in where_and_changes}

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from minibert import hub
 from minibert.heads import BertForNextSentencePrediction, BertForPreTraining, NextSentence
 from minibert.pipelines import pipeline
-from minibert.tokenizer import BertTokenizer
+from minibert.text.tokenizer import BertTokenizer
+from minibert.weights import hub
 
 FILL_MASK = "If you don't [MASK] at the sign, you will get a ticket."
 NEXT_SENTENCE = (

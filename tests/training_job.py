@@ -12,10 +12,10 @@ import torch
 
 from minibert.config import BertConfig
 from minibert.heads import BertForPreTraining
-from minibert.training.corpus import SPECIAL_TOKENS, Corpus, build_corpus
-from minibert.training.data import PairRules
+from minibert.pretraining.corpus import SPECIAL_TOKENS, Corpus, build_corpus
+from minibert.pretraining.data import PairRules
+from minibert.pretraining.loop import Run, Settings
 from minibert.training.distributed import world
-from minibert.training.loop import Run, Settings
 
 RULES = PairRules(max_length=32, short_probability=0.3)
 

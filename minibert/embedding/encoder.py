@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert import hub
 from minibert.embedding import similarity, workers
 from minibert.embedding.modules import Dense, Pooling
 from minibert.embedding.repository import open_repository
@@ -22,7 +21,8 @@ from minibert.fast.optimized import OptimizedModel
 from minibert.model import BertModel
 from minibert.pipelines import batches
 from minibert.pipelines.inputs import check_count
-from minibert.tokenizer import BertTokenizer
+from minibert.text.tokenizer import BertTokenizer
+from minibert.weights import hub
 
 TOKENS_PER_BATCH = {"cpu": 1024, "gpu": 16384}  # beyond, a CPU gets slower: what a layer works on leaves the caches
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # names by which models call the prompt of what is searched
@@ -97,7 +97,7 @@ class SentenceEncoder:
 
         Args:
             name_or_path: a directory, a bundled model, or a name on the Hub; `revision`, `cache_dir`,
-                `local_files_only` and `token` are explained at `minibert.hub.Source`, with the errors.
+                `local_files_only` and `token` are explained at `minibert.weights.hub.Source`, with the errors.
             device: default the CPU.
             dtype: what is computed in. By default that of the file, but at least float32 on a CPU. With `fast`, also
                 "auto" and "int8"; see `optimize`.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert import checkpoint, hub
+from minibert.weights import checkpoint, hub
 
 
 def _at(x_BTD: Tensor, column_B: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from minibert import hub
 from minibert.embedding.modules import Dense, Normalize, Pooling
+from minibert.weights import hub
 
 _AFTER = {"Dense", "Normalize", "Dropout"}  # may follow the pooling, in any order and number
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from minibert import hub
 from minibert.pipelines.base import Pipeline, batches
 from minibert.pipelines.classification import TextClassificationPipeline
 from minibert.pipelines.features import FeatureExtractionPipeline
 from minibert.pipelines.question_answering import QuestionAnsweringPipeline
 from minibert.pipelines.tagging import TokenClassificationPipeline
 from minibert.pipelines.words import FillMaskPipeline, NextSentencePipeline
-from minibert.tokenizer import BertTokenizer
+from minibert.text.tokenizer import BertTokenizer
+from minibert.weights import hub
 
 __all__ = ["PIPELINES", "Pipeline", "batches", "pipeline"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minibert.fast import optimize
 from minibert.pipelines.inputs import check_count, check_text, is_stream, place, shown
-from minibert.tokenizer import BatchEncoding, BertTokenizer
+from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 # A batch's tokens, padding included. On a CPU larger batches are slower: they leave the caches and hold more padding.
 TOKENS_PER_BATCH = {"cpu": 512, "gpu": 16384}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minibert.heads import BertForSequenceClassification
 from minibert.pipelines.base import Pipeline
 from minibert.pipelines.inputs import Pair, as_pair, check_choice, check_count, check_pair, check_text
-from minibert.tokenizer import BatchEncoding, BertTokenizer
+from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda logits: logits,

@@ -10,7 +10,7 @@ from torch import nn
 
 from minibert.heads import BertModel
 from minibert.pipelines.base import Pipeline, rows_of
-from minibert.tokenizer import BatchEncoding, BertTokenizer
+from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 
 class FeatureExtractionPipeline(Pipeline):

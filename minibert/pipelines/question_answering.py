@@ -16,7 +16,7 @@ from torch import nn
 from minibert.heads import BertForQuestionAnswering
 from minibert.pipelines.base import Pipeline, rows_of, windows
 from minibert.pipelines.inputs import check_count, check_text, place, shown
-from minibert.tokenizer import BatchEncoding, BertTokenizer
+from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 Pair = tuple[str, str]  # question, context
 

@@ -17,7 +17,7 @@ from torch import nn
 from minibert.heads import BertForTokenClassification
 from minibert.pipelines.base import Pipeline, rows_of, windows
 from minibert.pipelines.inputs import check_choice, check_count, check_text, place, shown
-from minibert.tokenizer import BertTokenizer
+from minibert.text.tokenizer import BertTokenizer
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 

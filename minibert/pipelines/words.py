@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minibert.heads import BertForMaskedLM, BertForNextSentencePrediction, NextSentence
 from minibert.pipelines.base import Pipeline
 from minibert.pipelines.inputs import Pair, as_pair, check_count, check_pair, check_text, place, shown
-from minibert.tokenizer import BatchEncoding, BertTokenizer
+from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 PROPOSAL = ("score", "token", "token_str", "sequence")  # the fields of an answer to fill-mask
 

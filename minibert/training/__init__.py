@@ -1,2 +1,1 @@
-"""Pretraining with MLM and NSP: `corpus` (text to token ids on disk), `data` (sentence pairs, masking, batches) and
-`loop` (optimizer, schedule, checkpoints, validation)."""
+"""What pretraining and fine-tuning share: `distributed` (one process or many), `onednn`, `curves`."""

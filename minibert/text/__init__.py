@@ -1,0 +1,1 @@
+"""Text to tensors: `tokenizer` (the call that users make), `wordpiece` (the algorithm), `encoding` (what comes out)."""

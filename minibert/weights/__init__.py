@@ -1,0 +1,1 @@
+"""Where a checkpoint lives (`hub`), tensors on disk (`checkpoint`), loading and saving (`pretrained`), `convert`."""

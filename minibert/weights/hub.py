@@ -1,0 +1,376 @@
+"""Where a checkpoint lives: a directory, a model bundled with the package, or the Hugging Face Hub and its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+_MODELS = Path(__file__).parents[1] / "models"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SAVED = ".saved"  # in a model's directory: a whole set of files that are taking their places
+_LIST = "files.json"  # in there: their names, and those that they make stale
+
+# One checkpoint is one of these, in this order of preference; an index names the files it is split into.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(config.parent.name for config in _MODELS.glob("*/config.json"))
+
+
+def default_model() -> str:
+    """Path of the bundled model that is used when none is named.
+
+    Raises ValueError if the package carries none.
+    """
+    names = bundled_models()
+    if not names:
+        raise ValueError("no model is bundled with minibert: pass the name of one on the Hub, or a directory")
+    return str(_MODELS / names[0])
+
+
+def is_reachable(seconds: float = 5.0) -> bool:
+    """Whether the Hub answers now; one request, and none when huggingface_hub is told to be offline."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception:  # of whichever HTTP library huggingface_hub uses
+        return False
+    return True
+
+
+def fetch(name_or_path: str | os.PathLike | Source, filename: str, **where: Any) -> Path | None:
+    """Local path of one file of a model, downloaded if need be; None when the model has no such file.
+
+    `where` is the keyword arguments of `Source`, which lists the errors.
+    """
+    return as_source(name_or_path, **where).file(filename)
+
+
+def fetch_weights(name_or_path: str | os.PathLike | Source, **where: Any) -> list[Path]:
+    """Local paths of the files that hold the weights of a model, in one format (see `Source.weights`)."""
+    return as_source(name_or_path, **where).weights()
+
+
+def as_source(name_or_path: str | os.PathLike | Source, **where: Any) -> Source:
+    """A Source as it is, anything else as the Source of that name."""
+    return name_or_path if isinstance(name_or_path, Source) else Source(name_or_path, **where)
+
+
+class Source:
+    """The files of one model. After the first file from the Hub, all others are taken from the same commit.
+
+    Args:
+        name_or_path: a directory, else the name of a bundled model, else a name on the Hub ("bert-base-uncased").
+        revision: branch, tag or commit on the Hub; default the main branch. A full commit hash or an offline load
+            (`local_files_only`, HF_HUB_OFFLINE) of what the cache holds makes no request at all.
+        cache_dir: instead of the cache that HF_HOME or HF_HUB_CACHE name.
+        token: for private and gated models: a token, True to insist on the stored one, False for none.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        FileNotFoundError: no such directory, model or revision, or offline and not in the cache.
+        PermissionError: the model is gated or private and the token does not open it.
+        ConnectionError: the Hub cannot be reached and the cache does not hold the file.
+        OSError: what was downloaded is damaged.
+        ValueError, TypeError: the name cannot be one.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ):
+        self.directory = _directory(name_or_path)
+        if self.directory is not None:
+            _put_in_place(self.directory)
+        self.name = str(name_or_path)
+        self.revision = revision
+        self.cache_dir = cache_dir
+        self.local_files_only = local_files_only
+        self.token = token
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether it comes with the package."""
+        return self.directory is not None and self.directory.parent == _MODELS
+
+    def file(self, filename: str) -> Path | None:
+        """Local path of one file, None if the model has no such file. Offline, what is not cached does not exist."""
+        _check_relative(filename, "filename")
+        if self.directory is not None:
+            path = self.directory / filename
+            return path if path.is_file() else None
+        path = self._from_hub(filename)
+        if path is not None:
+            self.revision = path.parents[len(PurePosixPath(filename).parts) - 1].name  # .../snapshots/<commit>/<file>
+        return path
+
+    def weights(self) -> list[Path]:
+        """The files of one weight format: safetensors if there are any, else PyTorch's .bin; never both.
+
+        Raises FileNotFoundError if there are none or a shard is missing; ValueError if an index names a file
+        outside of the model.
+        """
+        for filename in WEIGHTS:
+            path = self.file(filename)
+            if path is None:
+                continue
+            if not filename.endswith(".json"):
+                return [path]
+            shards = {shard: self.file(shard) for shard in _shards(path)}
+            missing = [shard for shard, found in shards.items() if found is None]
+            if missing:
+                raise FileNotFoundError(f"{path} names files that {self.name} does not have: {', '.join(missing)}")
+            return [found for found in shards.values() if found is not None]
+        if self.directory is not None:
+            there = f"; it holds {sorted(os.listdir(self.directory))[:20]}"
+        else:
+            there = "; offline, only what is in the cache counts" if self._offline() else ""
+        raise FileNotFoundError(f"{self.name} has no weights: looked for {', '.join(WEIGHTS)}{there}")
+
+    def _from_hub(self, filename: str) -> Path | None:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+
+        def in_cache(name: str) -> Any:  # a path, None, or a marker: known not to exist
+            return try_to_load_from_cache(self.name, name, cache_dir=self.cache_dir, revision=self.revision)
+
+        offline = self._offline()
+        try:
+            cached = in_cache(filename)
+        except HFValidationError as error:
+            raise ValueError(f"{self.name!r} is no directory and cannot be a name on the Hub: {error}") from None
+        if cached is not None and (offline or _COMMIT.fullmatch(self.revision or "")):
+            return Path(cached) if isinstance(cached, str) else None
+        if offline:
+            if filename != "config.json" and isinstance(in_cache("config.json"), str):
+                return None
+            raise FileNotFoundError(
+                f"{self._described()} is not in the cache, and minibert is offline (local_files_only or HF_HUB_OFFLINE)"
+            )
+        try:
+            path = hf_hub_download(
+                self.name,
+                filename,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                library_name="minibert",
+            )
+        except RemoteEntryNotFoundError:
+            return None
+        except Exception as error:
+            raise self._explained(error, filename) from error
+        if path != cached:
+            _verify(Path(path), self._described())
+        return Path(path)
+
+    def _offline(self) -> bool:
+        from huggingface_hub import constants
+
+        return self.local_files_only or constants.HF_HUB_OFFLINE
+
+    def _described(self) -> str:
+        return f"{self.name!r}" + (f" at revision {self.revision!r}" if self.revision else "")
+
+    def _explained(self, error: Exception, filename: str) -> Exception:
+        """What a failure of huggingface_hub means to the user."""
+        from huggingface_hub import constants, errors
+
+        what = f"{self._described()} ({filename})"
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.GatedRepoError):
+            return PermissionError(
+                f"{what} is gated: ask for access on its page at {constants.ENDPOINT}, then pass token=... or log in "
+                "with `hf auth login`"
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return FileNotFoundError(
+                f"{self.name!r} is neither a directory here nor a model at {constants.ENDPOINT} (if it is private, "
+                "pass token=... or log in with `hf auth login`)"
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return FileNotFoundError(f"{self.name!r} has no revision {self.revision!r}")
+        if status in (401, 403):
+            return PermissionError(f"{what}: the Hub refused access (HTTP {status}); check the token")
+        if isinstance(error, (errors.LocalEntryNotFoundError, errors.HfHubHTTPError)) or not isinstance(error, OSError):
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {cause}".strip().splitlines()
+            return ConnectionError(
+                f"{what} could not be fetched from {constants.ENDPOINT} and is not in the cache "
+                f"({' '.join(line.strip() for line in reason if line.strip())})"
+            )
+        return OSError(f"{what} could not be downloaded: {error}")
+
+
+def _directory(name_or_path: str | os.PathLike) -> Path | None:
+    """The directory that a name means, None if it must be a name on the Hub."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"name_or_path={name_or_path!r}: must be a string or a path")
+    name = os.fspath(name_or_path)
+    if not name:
+        raise ValueError("name_or_path is empty: must be a directory, or the name of a model")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path} is a file: pass the directory that holds config.json and the weights")
+    if name in bundled_models():
+        return _MODELS / name
+    if not isinstance(name_or_path, str) or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        raise FileNotFoundError(f"no such directory: {path}")
+    return None
+
+
+def _check_relative(filename: str, what: str) -> None:
+    """Refuse a file name that leads out of the model's directory, on any operating system."""
+    windows = PureWindowsPath(filename)
+    if not filename or windows.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise ValueError(f"{what}: {filename!r} must be a file inside the model")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that a checkpoint's index names."""
+    try:
+        files = json.loads(index.read_bytes())["weight_map"].values()
+        names = sorted(set(files))
+        for name in names:
+            _check_relative(name, str(index))
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f'{index} is no index of weights {{"weight_map": {{tensor: file}}}}: {error!r}') from None
+    return names
+
+
+def _verify(path: Path, what: str) -> None:
+    """Compare a fresh download with the hash the Hub gave for it, which the cache uses as the name of the file's blob.
+
+    It is the SHA-256 of large files and git's SHA-1 of small ones (some mirrors: the plain SHA-1). huggingface_hub
+    itself compares only the size. A damaged file is removed, so that the next attempt starts afresh.
+    """
+    blob = path.resolve()
+    digests: dict[int, list[Callable[[], Any]]] = {
+        64: [hashlib.sha256],
+        40: [lambda: hashlib.sha1(f"blob {blob.stat().st_size}\0".encode()), hashlib.sha1],
+    }
+    expected = blob.name
+    if not path.is_symlink() or not re.fullmatch(r"[0-9a-f]+", expected) or len(expected) not in digests:
+        return  # the cache has no symbolic links here, or the server's tag is no hash
+    if all(_digest(blob, new()) != expected for new in digests[len(expected)]):
+        path.unlink()
+        blob.unlink()
+        raise OSError(f"{what}: {path.name} arrived damaged (its hash is not {expected}) and was deleted; try again")
+
+
+def _digest(path: Path, digest: Any) -> str:
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(directory: str | os.PathLike, stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+    """Write files of a model all or none: a crash at any moment leaves the old set or the new one.
+
+    Yields an empty directory to write the files into, on the same file system. When the block ends, they are forced
+    to disk, and one renaming of that directory makes the set count; then the files are moved to `directory`, one
+    renaming each. If that is interrupted, it is completed when the directory is next opened or written. If the block
+    fails, nothing has changed.
+
+    Args:
+        stale: says which other files of `directory`, by name, the new ones supersede.
+
+    Raises NotADirectoryError if `directory` is a file; OSError if it cannot be written.
+    """
+    directory = Path(directory).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file: pass a directory to save in")
+    is_new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    _put_in_place(directory)
+    for left in directory.glob(".saving-*"):  # by a process that was killed
+        if left.stat().st_mtime < time.time() - 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        yield staging
+        names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+        old = sorted(name for name in os.listdir(directory) if name not in names and stale(name))
+        (staging / _LIST).write_text(json.dumps({"files": names, "stale": old}), encoding="utf-8")
+        for path in [*staging.rglob("*"), staging]:
+            _sync(path)
+        os.rename(staging, directory / _SAVED)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # not empty: someone else has written there
+                directory.rmdir()
+        raise
+    _put_in_place(directory)
+
+
+def _put_in_place(directory: Path) -> None:
+    """Move a whole set of saved files to their places; does nothing when there is none, may run twice at once.
+
+    Raises ValueError if the set is not one that `replacing` made: a directory may come from anyone.
+    """
+    saved = directory / _SAVED
+    if not saved.is_dir() or saved.is_symlink():
+        return
+    try:
+        listed = json.loads((saved / _LIST).read_text(encoding="utf-8"))
+        moves = [(_inside(saved, name), _inside(directory, name)) for name in listed["files"]]
+        stale = [_inside(directory, name) for name in listed["stale"]]
+    except FileNotFoundError:  # all has been done, perhaps by another process just now
+        shutil.rmtree(saved, ignore_errors=True)
+        return
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{saved} is no interrupted save, delete it: {error!r}") from None
+    _sync(directory)
+    for source, target in moves:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(source, target)
+    for path in stale:
+        path.unlink(missing_ok=True)
+    _sync(directory)
+    (saved / _LIST).unlink(missing_ok=True)
+    shutil.rmtree(saved, ignore_errors=True)
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """A file in a directory. Raises ValueError if its name or a symbolic link leads out of it."""
+    _check_relative(name, "files.json")
+    path = directory / name
+    if not path.parent.resolve().is_relative_to(directory.resolve()):
+        raise ValueError(f"{path} leads out of {directory}")
+    return path
+
+
+def _sync(path: Path) -> None:
+    """Force a file's or a directory's content to disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # a directory cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

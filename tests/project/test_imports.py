@@ -1,0 +1,126 @@
+"""The house keeps its arrows: each module imports only what is below it, and the package itself imports nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "minibert"
+
+# A module or folder of the package -> what it may import of the package
+ARROWS: dict[str, set[str]] = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    "activations": set(),
+    "outputs": set(),
+    "weights": set(),
+    "config": {"activations", "weights"},
+    "inputs": {"config"},
+    "base": {"config", "outputs", "weights"},
+    "model": {"activations", "base", "config", "inputs", "outputs"},
+    "heads": {"activations", "base", "config", "inputs", "model", "outputs"},
+    "text": {"weights"},
+    "fast": {"model", "heads", "outputs", "inputs", "base", "config", "activations"},
+    "pipelines": {"heads", "text", "fast", "weights"},
+    "demo": {"heads", "weights", "pipelines", "text"},
+    "embedding": {"fast", "model", "pipelines", "text", "weights"},
+    "training": {"heads", "model", "config"},
+    "pretraining": {"training", "heads", "text", "model", "config", "fast", "weights"},
+    "finetuning": {"training", "heads", "text", "model", "config", "weights"},
+    "study": {"model", "heads", "inputs", "outputs", "config", "text", "weights"},
+    "parity": {"study", "model", "heads", "inputs", "outputs", "config", "text", "weights", "fast", "base"},
+}
+READ_FIRST = ("config.py", "model.py", "heads.py")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of the package that a file imports, at its top or inside a function."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names = [f"{base}.{alias.name}" for alias in node.names] if base == "minibert" else [base]
+        else:
+            continue
+        for name in names:
+            assert not name.startswith("."), f"{path}: import by the full name, not {name}"
+            if name.startswith("minibert."):
+                rooms.add(name.split(".")[1])
+    return rooms - {room(path), "__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows(path):
+    if room(path) == "cli":
+        return  # may import all
+    assert room(path) in ARROWS, f"{path.name} has no place in the house: give it one here and in README.md"
+    assert imported_rooms(path) <= ARROWS[room(path)]
+
+
+def test_no_module_reaches_itself():
+    def below(name: str) -> set[str]:
+        return ARROWS.get(name, set()).union(*(below(other) for other in ARROWS.get(name, set())))
+
+    for name in ARROWS:
+        assert name not in below(name)
+
+
+def test_sizes():
+    files = list(PACKAGE.rglob("*.py"))
+    for path in files:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 500, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+    assert not [path for path in files if path.name == "utils.py"]
+    assert sum(len((PACKAGE / name).read_text().splitlines()) for name in READ_FIRST) < 800
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_importing_the_package_pulls_in_nothing_heavy():
+    loaded = run("import sys, minibert; print(*sys.modules)").split()
+    assert not {"torch", "numpy", "transformers", "triton", "huggingface_hub", "tokenizers"} & set(loaded)
+
+
+def test_the_model_needs_torch_only():
+    loaded = run("import sys, minibert; minibert.BertForPreTraining; print(*sys.modules)").split()
+    assert not {"transformers", "triton", "huggingface_hub", "matplotlib"} & set(loaded)
+
+
+def test_public_names_resolve():
+    code = "import minibert; [getattr(minibert, name) for name in minibert.__all__]; print(len(minibert.__all__))"
+    assert int(run(code)) > 10
+    with pytest.raises(AttributeError, match=r"no 'BertModle'; it has .*BertModel"):
+        import minibert
+
+        minibert.BertModle
+
+
+def test_import_time_is_reported(record_property):
+    """What the models cost beyond torch; the budget is 0.2 s. Reported, not asserted: machines are shared."""
+    code = """
+import time, torch
+start = time.perf_counter()
+import minibert
+minibert.BertForPreTraining
+print(time.perf_counter() - start)
+"""
+    start = time.perf_counter()
+    seconds = float(run(code))
+    record_property("import_seconds_beyond_torch", seconds)
+    assert seconds <= time.perf_counter() - start
