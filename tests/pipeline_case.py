@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
-from parity import realign
+from reference import realign
 
 import minibert
 

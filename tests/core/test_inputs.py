@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from parity import batch_for, twins
+from reference import batch_for, twins
 
 import minibert
 from minibert import inputs as inputs_module

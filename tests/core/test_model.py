@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from parity import HEADS, TINY, batch_for, masks, twins
+from reference import HEADS, TINY, batch_for, masks, twins
 
 import minibert
 from minibert import BertConfig

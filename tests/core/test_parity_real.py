@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from parity import HEADS, assert_same, batch_for, masks, realign, twins
+from reference import HEADS, assert_same, batch_for, masks, realign, twins
 
 import minibert
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from parity import HEADS, TINY, assert_same, batch_for, masks, twins
+from reference import HEADS, TINY, assert_same, batch_for, masks, twins
 
 from minibert.activations import ACTIVATIONS
 from minibert.inputs import kernel_mask

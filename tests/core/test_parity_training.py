@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import HEADS, batch_for, masks, twins
+from reference import HEADS, batch_for, masks, twins
 
 
 @pytest.mark.parametrize("mask", ["none", "right"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import assert_same, twins
+from reference import assert_same, twins
 from transformers import BertTokenizer as ReferenceTokenizer
 
 import minibert

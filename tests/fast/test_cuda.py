@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import HEADS, TINY, batch_for, masks, twins
+from reference import HEADS, TINY, batch_for, masks, twins
 
 import minibert
 from minibert import optimize

@@ -10,8 +10,8 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import realign
 from pipeline_case import pipelines, same, tiny
+from reference import realign
 
 import minibert
 from minibert.pipelines import base, batches, pipeline

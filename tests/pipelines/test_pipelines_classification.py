@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from parity import realign
 from pipeline_case import pipelines, same, tiny
+from reference import realign
 
 from minibert import pipeline
 

@@ -20,7 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from parity import HEADS
+from reference import HEADS
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
