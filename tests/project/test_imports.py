@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "embedding": {"fast", "model", "pipelines", "text", "weights"},
     "training": {"heads", "model", "config"},
     "pretraining": {"training", "heads", "text", "model", "config", "fast", "weights"},
-    "finetuning": {"training", "heads", "text", "model", "config", "weights"},
+    "finetuning": {"training", "pretraining", "heads", "text", "model", "config", "weights"},
     "study": {"model", "heads", "inputs", "outputs", "config", "text", "weights"},
     "parity": {"study", "model", "heads", "inputs", "outputs", "config", "text", "weights", "fast", "base"},
 }
