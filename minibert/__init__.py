@@ -29,12 +29,15 @@ _HOME = {
     "minibert.fast": ["optimize"],
     "minibert.embedding": ["SentenceEncoder"],
 }
+_ROOMS = ("study",)  # reached as attributes: minibert.study.trace
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"minibert.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"minibert has no {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(_MODULE_OF[name]), name)

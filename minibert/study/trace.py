@@ -1,0 +1,367 @@
+"""Every step of a forward pass, seen from outside: hooks on the modules, and a torch mode for what lies between them.
+
+The line of code of each step is read off the running frames, so it is where the number came from, in minibert, in
+transformers' twin or in whatever was put in place of a module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import linecache
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from minibert.model import attention_probabilities
+from minibert.study.steps import kind_of, spell
+
+_TORCH = os.path.dirname(torch.__file__)
+_OURS = ("minibert.base", "transformers.models.bert.modeling_bert")  # where BERTs that can be traced come from
+# Functions between the modules that make a step, and the modules they do it in
+_ADDITIONS = ("add", "__add__", "add_", "__iadd__")
+_LOSSES = ("cross_entropy", "mse_loss", "binary_cross_entropy_with_logits")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of code: `file` is the module's name as a path, `code` the exact expression (a whole line before
+    Python 3.11)."""
+
+    file: str
+    line: int
+    code: str
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(eq=False)
+class Step:
+    """One step: what it is, how much, where it stands, and the very tensor.
+
+    flops counts matrix products, two a multiplication and addition; None where a foreign module hides them. bytes is
+    the size of the result. params counts what the step itself holds, a tied parameter where it is first met. beside
+    says that the model computes it inside a fused kernel, and that the tensor is from `attention_probabilities`.
+    """
+
+    name: str
+    module: str
+    equation: str
+    letters: str
+    numbers: str
+    flops: int | None
+    bytes: int
+    params: int
+    source: Source
+    paper: str
+    google: str
+    beside: bool
+    tensor: Tensor = field(repr=False)
+
+
+@dataclass(eq=False)
+class Trace:
+    """The steps of one forward pass in order; `trace[name]` is a step's tensor, `trace.step(name)` the step.
+
+    `output` is what the model returned, `sizes` the letters' values. `print(trace)` shows all steps.
+    """
+
+    model: str
+    steps: list[Step]
+    output: Any
+    sizes: dict[str, int]
+
+    def __post_init__(self) -> None:
+        self._by_name = {step.name: step for step in self.steps}
+
+    def step(self, name: str) -> Step:
+        """The step of this name. Raises KeyError, which offers similar names."""
+        if name not in self._by_name:
+            near = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.4)
+            raise KeyError(f"{name!r}: no such step; near it: {', '.join(near) or 'none'}")
+        return self._by_name[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.step(name).tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def ending(self, *ends: str) -> list[Step]:
+        """The steps whose names end so, the second run of a module included."""
+        return [step for step in self.steps if step.name.partition("#")[0].endswith(ends)]
+
+    @property
+    def attentions(self) -> tuple[Tensor, ...]:
+        """The attention weights of each layer, (B, H, T, T)."""
+        return tuple(step.tensor for step in self.ending(".self.weights"))
+
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        """What goes into the first layer and comes out of each, (B, T, D)."""
+        ends = self.ending("embeddings.LayerNorm", ".output.LayerNorm")
+        return tuple(step.tensor for step in ends if ".attention.output." not in step.name)
+
+    @property
+    def flops(self) -> int:
+        """Of all steps whose number is known."""
+        return sum(step.flops or 0 for step in self.steps)
+
+    @property
+    def params(self) -> int:
+        return sum(step.params for step in self.steps)
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """All tensors, exact, as safetensors; equations, shapes in letters and lines of code are its metadata."""
+        from safetensors.torch import save_file
+
+        facts = {s.name: json.dumps([s.equation, s.letters, s.flops, str(s.source), s.source.code]) for s in self.steps}
+        tensors = {s.name: s.tensor.detach().cpu().contiguous().clone() for s in self.steps}
+        save_file(tensors, file, {"format": "pt", "model": self.model, **facts})
+
+    def __str__(self) -> str:
+        rows = [("step", "line", "letters", "numbers", "MFLOP", "params", "mean", "max |x|")]
+        for s in self.steps:
+            x = s.tensor.detach().float()
+            flops = "?" if s.flops is None else f"{s.flops / 1e6:.2f}" if s.flops else ""
+            params = f"{s.params:,}" if s.params else ""
+            numbers = (f"{x.mean():.3f}", f"{x.abs().max():.3g}")
+            rows.append((s.name, str(s.source), s.letters, s.numbers, flops, params, *numbers))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        pads = [str.ljust] * 4 + [str.rjust] * 4
+        lines = ["  ".join(pads[i](cell, widths[i]) for i, cell in enumerate(row)).rstrip() for row in rows]
+        sizes = " ".join(f"{letter}={size}" for letter, size in self.sizes.items())
+        total = f"{len(self.steps)} steps, {self.flops / 1e6:,.2f} MFLOP in matrix products, {self.params:,} parameters"
+        return "\n".join([f"{self.model}: {sizes}", *lines, total])
+
+
+def trace(model: nn.Module, inputs: Mapping[str, Any] | Tensor, grad: bool = False) -> Trace:
+    """Run `model` once and record every step; the output is, to the bit, that of a call without it.
+
+    Args:
+        model: any minibert model, or transformers' BERT, whose steps get the same names; in training mode, dropout is
+            applied and its results are steps.
+        inputs: what the model is called with: a mapping of arguments, as the tokenizer gives, or input_ids.
+        grad: record the graph too, and keep gradients: after `loss.backward()`, `trace[name].grad` is there.
+
+    Raises:
+        TypeError: model is not a BERT, or inputs is neither a mapping nor a tensor.
+        ValueError: the model is compiled or optimized, so its steps cannot be seen; or the model refuses the inputs.
+    """
+    _check(model)
+    if not isinstance(inputs, Mapping | Tensor):
+        raise TypeError(f"inputs must be a mapping of arguments or the tensor input_ids, got {type(inputs).__name__}")
+    arguments = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    recorder = _Recorder(model, grad)
+    with ExitStack() as stack:
+        for module in recorder.names:
+            stack.callback(module.register_forward_pre_hook(recorder.enter).remove)
+            stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        with recorder:
+            output = model(**arguments)
+    return recorder.finish(output)
+
+
+def _check(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a BERT of minibert or transformers, got {kind}")
+    for name, module in model.named_modules():
+        compiled = getattr(module, "_compiled_call_impl", None) or hasattr(module.forward, "_torchdynamo_orig_callable")
+        if compiled or isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
+            what = f"{kind} is" if not name else f"{name} in this {kind} is"
+            raise ValueError(f"model: {what} compiled, its steps cannot be seen; trace the plain model")
+    bases = type(model).__mro__
+    if any(base.__name__ == "OptimizedModel" for base in bases):
+        raise ValueError(f"model: {kind} is optimized, its steps are fused; trace the plain model, `.model`")
+    if not any(base.__module__ in _OURS for base in bases):
+        raise TypeError(f"model must be a BERT of minibert or transformers, got {kind}; is there one inside it?")
+    if getattr(model.config, "is_decoder", False):
+        raise ValueError("model: is_decoder=True is not BERT's encoder")
+
+
+class _Recorder(TorchFunctionMode):
+    """Collects steps while the model runs: hooks say which module is running and what it returned, torch's function
+    mode sees additions, attention and losses between them. Nothing is changed on the way."""
+
+    def __init__(self, model: nn.Module, grad: bool):
+        super().__init__()
+        self.model, self.grad = model, grad
+        self.names = {module: name for name, module in model.named_modules()}
+        self.running: list[nn.Module] = []
+        self.steps: list[dict[str, Any]] = []
+        self.seen: dict[str, int] = {}
+        self.versions: list[tuple[Tensor, int]] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.running.append(module)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.running.pop()
+        name = self.names[module]
+        idle = isinstance(module, nn.Dropout) and not (module.training and module.p)
+        if isinstance(output, Tensor) and not idle and (not [*module.children()] or kind_of(name).equation):
+            enters = next((x.shape for x in args if isinstance(x, Tensor)), output.shape)
+            self.add(name, enters, output, _source(sys._getframe(1)), _flops(module, output), module)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        where = self.names[self.running[-1]] if self.running else ""
+        if name in _ADDITIONS and isinstance(output, Tensor) and output.is_floating_point():
+            if where.endswith("embeddings"):
+                step = "sum" if f"{where}.words_and_segments" in self.seen else "words_and_segments"
+                self.add(f"{where}.{step}", output.shape, output, _source(sys._getframe(1)))
+            elif where.endswith("output"):
+                self.add(f"{where}.residual", output.shape, output, _source(sys._getframe(1)))
+        elif name == "scaled_dot_product_attention":
+            self._attention(where, output, _source(sys._getframe(1)), *args, **(kwargs or {}))
+        elif name in ("matmul", "softmax") and where.endswith("self"):
+            self._eager(where, name, args, output, _source(sys._getframe(1)))
+        elif name in _LOSSES:
+            self.add(f"{where}.{name}".lstrip("."), args[0].shape, output, _source(sys._getframe(1)))
+        return output
+
+    def _attention(
+        self,
+        where: str,
+        output: Tensor,
+        source: Source,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *rest: Any,
+        is_causal: bool = False,
+        **other: Any,
+    ) -> None:
+        """The fused kernel: what it keeps to itself is computed beside it, from the same query and key."""
+        if is_causal:
+            raise ValueError("model: its attention is causal, which BERT's is not")
+        flops = 2 * query.numel() * key.shape[-2]
+        with torch.no_grad(), _Probabilities() as seen:
+            weights = attention_probabilities(query, key, attn_mask)
+        self.add(f"{where}.scores", query.shape, seen.scores, seen.sources["matmul"], flops, beside=True)
+        self.add(f"{where}.weights", weights.shape, weights, seen.sources["softmax"], beside=True)
+        self.add(f"{where}.context", weights.shape, output, source, flops)
+
+    def _eager(self, where: str, name: str, args: tuple[Any, ...], output: Tensor, source: Source) -> None:
+        """Attention by plain products, as transformers' eager is: scores, their softmax, then weights times values."""
+        if source.function == attention_probabilities.__name__:
+            return  # maps that were asked for beside the fused kernel; they are steps already
+        flops = 2 * args[0].numel() * output.shape[-1]
+        if name == "softmax":
+            self.add(f"{where}.scores", self._product[0], args[0], self._product[1], self._product[2])
+            self.add(f"{where}.weights", output.shape, output, source)
+        elif self.steps and self.steps[-1]["name"].startswith(f"{where}.weights"):
+            self.add(f"{where}.context", args[0].shape, output, source, flops)
+        else:
+            self._product = (args[0].shape, source, flops)
+
+    def add(self, name: str, enters: torch.Size, tensor: Tensor, source: Source, flops: int | None = 0,
+            module: nn.Module | None = None, beside: bool = False) -> None:  # fmt: skip
+        count = self.seen[name] = self.seen.get(name, 0) + 1
+        if self.grad and tensor.requires_grad and not tensor.is_leaf:
+            tensor.retain_grad()
+        if not tensor.is_inference():
+            self.versions.append((tensor, tensor._version))
+        where = self.names[module] if module is not None else self.names[self.running[-1]] if self.running else ""
+        self.steps.append({
+            "name": name if count == 1 else f"{name}#{count}", "module": where, "enters": enters, "tensor": tensor,
+            "source": source, "flops": flops, "beside": beside, "own": module,
+        })  # fmt: skip
+
+    def finish(self, output: Any) -> Trace:
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise RuntimeError("the model changes tensors in place after they are made: their values are lost")
+        sizes, act = self._sizes(), getattr(self.model.config, "hidden_act", "gelu")
+        counted: set[int] = set()
+        steps = []
+        for raw in self.steps:
+            tensor, enters, name = raw["tensor"], raw["enters"], raw["name"]
+            kind = kind_of(name, act if isinstance(act, str) else "activation")
+            own = () if raw["own"] is None else raw["own"].parameters(recurse=False)
+            new = [p for p in own if id(p) not in counted]
+            counted.update(map(id, new))
+            letters = f"{spell(enters, kind.enters, sizes)} -> {spell(tensor.shape, kind.leaves, sizes)}"
+            steps.append(Step(
+                name=name, module=raw["module"], equation=kind.equation, letters=letters,
+                numbers=f"{_numbers(enters)} -> {_numbers(tensor.shape)}", flops=raw["flops"], bytes=tensor.nbytes,
+                params=sum(p.numel() for p in new), source=raw["source"], paper=kind.paper, google=kind.google,
+                beside=raw["beside"], tensor=tensor,
+            ))  # fmt: skip
+        return Trace(type(self.model).__name__, steps, output, sizes)
+
+    def _sizes(self) -> dict[str, int]:
+        config = self.model.config
+        D, H = config.hidden_size, config.num_attention_heads
+        first = next((s["tensor"].shape for s in self.steps if s["name"].endswith("embeddings.LayerNorm")), (1, 1, D))
+        sizes = {"B": first[0], "T": first[1], "D": D, "H": H, "K": D // H, "F": config.intermediate_size}
+        return {**sizes, "V": config.vocab_size, "L": config.num_labels}
+
+
+class _Probabilities(TorchFunctionMode):
+    """Watches `attention_probabilities`: the lines of its product and its softmax, and what goes into the latter."""
+
+    def __enter__(self) -> _Probabilities:
+        self.sources: dict[str, Source] = {}
+        super().__enter__()
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("matmul", "softmax"):
+            self.sources[name] = _source(sys._getframe(1))
+            self.scores = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _flops(module: nn.Module, output: Tensor) -> int | None:
+    """Of the matrix product inside a module: nothing for one without, None where it is not known."""
+    if isinstance(module, nn.Linear):
+        return 2 * output.numel() * module.in_features
+    known = isinstance(module, nn.Embedding | nn.LayerNorm) or not [*module.parameters()] or [*module.children()]
+    return 0 if known else None
+
+
+def _numbers(shape: torch.Size) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _source(frame: FrameType | None) -> Source:
+    """The innermost running line outside torch and this file."""
+    while frame is not None and (frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_filename == __file__):
+        frame = frame.f_back
+    if frame is None:
+        return Source("?", 0, "", "")
+    file = f"{frame.f_globals.get('__name__', '?').replace('.', '/')}.py"
+    code = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    if hasattr(frame.f_code, "co_positions"):
+        i = frame.f_lasti // 2
+        line, end_line, start, end = next(islice(frame.f_code.co_positions(), i, i + 1))
+        if None not in (line, end_line, start, end):
+            text = [linecache.getline(frame.f_code.co_filename, n).encode() for n in range(line, end_line + 1)]
+            text[-1] = text[-1][:end]
+            text[0] = text[0][start:]
+            code = " ".join(b" ".join(text).decode().split()) or code
+    return Source(file, frame.f_lineno, code, frame.f_code.co_name)
