@@ -1,10 +1,15 @@
 """BERT, top to bottom as data flows: embeddings, attention, feed-forward, layer, encoder, pooler, BertModel.
 
-Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers" (arXiv 1810.04805). Names are those of
-transformers, operations and their order too, so that results are equal to the last bit.
+Sections and figures are those of Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers" (arXiv
+1810.04805). Names are those of transformers, operations and their order too, so that results are equal to the last bit;
+some classes exist only so that parameters carry the names that every checkpoint has.
 
-Letters, in every comment below:
+Letters, in every comment of the package:
     B batch   T tokens   D hidden size   H heads   K head size (D = H * K)   F feed-forward size   V vocabulary
+
+Read config.py before this file and heads.py after it. What else is BERT: text/wordpiece.py cuts text into the tokens
+whose ids come in here, pretraining/ makes pairs of sentences and masks words. `python -m minibert.model` runs an
+example.
 """
 
 from __future__ import annotations
@@ -12,8 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from minibert.activations import Activation
@@ -24,7 +29,7 @@ from minibert.outputs import BaseModelOutput
 
 
 class BertEmbeddings(nn.Module):
-    """Word + segment + position embeddings, normalised (section 3, figure 2)."""
+    """Word + segment + position embeddings, normalised (section 3, figure 2). Ids (B, T) -> (B, T, D)."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -42,7 +47,7 @@ class BertEmbeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)  # (B, T, D)
+            inputs_embeds = self.word_embeddings(input_ids)  # (B, T) -> (B, T, D)
         B, T, _ = inputs_embeds.shape
         if position_ids is None:
             position_ids = torch.arange(T, device=inputs_embeds.device)[None]  # (1, T)
@@ -55,17 +60,17 @@ class BertEmbeddings(nn.Module):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
-    """Scaled dot-product attention, the only place that calls torch's kernel.
+    """softmax(query key^T / sqrt(K)) value, the only place that calls torch's kernel for it.
 
     query, key, value: (B, H, T, K); mask: None, boolean (True: may be attended) or a number added to the scores,
     broadcastable to (B, H, T, T). Returns (B, H, T, K); a row that may attend to nothing is zeros.
     """
     scale = query.shape[-1] ** -0.5
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
 
 
 def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """The weights that `attention` gives each value, (B, H, T, T), without dropout.
+    """The attention map: the weights that `attention` gives each value, (B, H, T, T), without dropout.
 
     Written as transformers' eager attention is, to give its bits. A row that may attend to nothing is uniform.
     """
@@ -74,11 +79,22 @@ def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None) -> 
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, torch.finfo(scores.dtype).min)
         scores = scores + mask
-    return F.softmax(scores, dim=-1)
+    return functional.softmax(scores, dim=-1)
+
+
+def attention_through(probabilities: Tensor, value: Tensor, context: Tensor, dropout_p: float) -> Tensor:
+    """The context as a product of the attention map, so that the map gets a gradient.
+
+    probabilities (B, H, T, T), value (B, H, T, K), context (B, H, T, K) as the kernel computed it. Returns its bits
+    (asking for maps changes no result) with the product's gradient; with dropout, which nobody can draw twice alike,
+    the product.
+    """
+    product = functional.dropout(probabilities, dropout_p) @ value
+    return product if dropout_p else context.detach() + (product - product.detach())
 
 
 class BertSelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2)."""
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2). (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -88,19 +104,26 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)  # holds the rate; the kernel applies it
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None, with_map: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, mask: Tensor | None, maps: list[Tensor] | None = None) -> Tensor:
         B, T, D = hidden_states.shape
         heads = (B, T, -1, self.attention_head_size)
         query = self.query(hidden_states).view(heads).transpose(1, 2)  # (B, T, D) -> (B, T, H, K) -> (B, H, T, K)
-        key = self.key(hidden_states).view(heads).transpose(1, 2)
-        value = self.value(hidden_states).view(heads).transpose(1, 2)
-        context = attention(query, key, value, mask, self.dropout.p if self.training else 0.0)  # (B, H, T, K)
-        context = context.transpose(1, 2).reshape(B, T, D)  # (B, H, T, K) -> (B, T, H, K) -> (B, T, D)
-        return context, attention_probabilities(query, key, mask) if with_map else None
+        key = self.key(hidden_states).view(heads).transpose(1, 2)  # (B, T, D) -> (B, T, H, K) -> (B, H, T, K)
+        value = self.value(hidden_states).view(heads).transpose(1, 2)  # (B, T, D) -> (B, T, H, K) -> (B, H, T, K)
+        dropout_p = self.dropout.p if self.training else 0.0
+        context = attention(query, key, value, mask, dropout_p)  # (B, H, T, K)
+        if maps is not None:
+            maps.append(attention_probabilities(query, key, mask))
+            if maps[-1].requires_grad:
+                context = attention_through(maps[-1], value, context, dropout_p)
+        return context.transpose(1, 2).reshape(B, T, D)  # (B, H, T, K) -> (B, T, H, K) -> (B, T, D)
 
 
 class BertResidualOutput(nn.Module):
-    """Project back to D, drop out, add what came in, normalise: how both halves of a layer end."""
+    """Project back to D, drop out, add what came in, normalise: how both halves of a layer end.
+
+    x (B, T, D or F), residual (B, T, D) -> (B, T, D).
+    """
 
     def __init__(self, config: BertConfig, in_features: int):
         super().__init__()
@@ -113,17 +136,20 @@ class BertResidualOutput(nn.Module):
 
 
 class BertAttention(nn.Module):
+    """The first half of a layer: tokens look at each other. (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.self = BertSelfAttention(config)
         self.output = BertResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None, with_map: bool) -> tuple[Tensor, Tensor | None]:
-        context, attention_map = self.self(hidden_states, mask, with_map)
-        return self.output(context, hidden_states), attention_map
+    def forward(self, hidden_states: Tensor, mask: Tensor | None, maps: list[Tensor] | None = None) -> Tensor:
+        return self.output(self.self(hidden_states, mask, maps), hidden_states)
 
 
 class BertIntermediate(nn.Module):
+    """The second half begins: each token for itself, widened. (B, T, D) -> (B, T, F)."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -134,7 +160,7 @@ class BertIntermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """One Transformer block, normalised after each half (post-norm)."""
+    """One Transformer block, normalised after each half (post-norm). (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -142,32 +168,41 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertResidualOutput(config, config.intermediate_size)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None, with_map: bool) -> tuple[Tensor, Tensor | None]:
-        hidden_states, attention_map = self.attention(hidden_states, mask, with_map)
-        return self.output(self.intermediate(hidden_states), hidden_states), attention_map
+    def forward(self, hidden_states: Tensor, mask: Tensor | None, maps: list[Tensor] | None = None) -> Tensor:
+        hidden_states = self.attention(hidden_states, mask, maps)
+        return self.output(self.intermediate(hidden_states), hidden_states)
 
 
 class BertEncoder(nn.Module):
+    """The layers, one after the other. (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None, with_maps: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns N+1 hidden states, the embeddings first, and N attention maps (or none)."""
-        states, maps = [hidden_states], []
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        states: list[Tensor] | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """What is on the way goes into the lists, if there are any: N+1 states, the embeddings first, and N maps."""
         for layer in self.layer:
-            if self.gradient_checkpointing and self.training:
-                hidden_states, attention_map = checkpoint(layer, hidden_states, mask, with_maps, use_reentrant=False)
+            if states is not None:
+                states.append(hidden_states)
+            if self.gradient_checkpointing and self.training:  # keep only what enters a layer, compute the rest again
+                hidden_states = checkpoint(layer, hidden_states, mask, maps, use_reentrant=False)
             else:
-                hidden_states, attention_map = layer(hidden_states, mask, with_maps)
+                hidden_states = layer(hidden_states, mask, maps)
+        if states is not None:
             states.append(hidden_states)
-            maps.append(attention_map)
-        return states, maps if with_maps else []
+        return hidden_states
 
 
 class BertPooler(nn.Module):
-    """The sentence vector: a tanh layer on the first token, [CLS] (section 3.1, task 2)."""
+    """The sentence vector: a tanh layer on the first token, [CLS] (section 3.1, task 2). (B, T, D) -> (B, D)."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -179,14 +214,14 @@ class BertPooler(nn.Module):
 
 
 class BertModel(BertPreTrainedModel):
-    """The encoder, with the pooler on top unless `add_pooling_layer` is False."""
+    """The encoder, with the pooler on top unless `add_pooling_layer` is False. See `forward` for shapes."""
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
-        self._init_all_weights()
+        self.post_init()
 
     def forward(
         self,
@@ -209,14 +244,26 @@ class BertModel(BertPreTrainedModel):
         Raises ValueError naming the argument, what came and what is allowed, before anything is computed.
         """
         check_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        with_maps = self.config.output_attentions if output_attentions is None else output_attentions
-        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        states, maps = self.encoder(embeddings, kernel_mask(attention_mask, embeddings.dtype), with_maps)
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_maps = self.config.output_attentions if output_attentions is None else output_attentions
+        states: list[Tensor] | None = [] if wants_states else None
+        maps: list[Tensor] | None = [] if wants_maps else None
+        embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (B, T, D)
+        last = self.encoder(embeddings, kernel_mask(attention_mask, embeddings.dtype), states, maps)  # (B, T, D)
         output = BaseModelOutput(
-            last_hidden_state=states[-1],
-            pooler_output=None if self.pooler is None else self.pooler(states[-1]),
-            hidden_states=tuple(states) if with_states else None,
-            attentions=tuple(maps) if with_maps else None,
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self.pooler(last),
+            hidden_states=None if states is None else tuple(states),
+            attentions=None if maps is None else tuple(maps),
         )
         return self.finish(output, return_dict)
+
+
+if __name__ == "__main__":
+    model = BertModel(BertConfig(vocab_size=100, hidden_size=12, num_hidden_layers=2, num_attention_heads=3)).eval()
+    out = model(torch.tensor([[2, 71, 8, 28, 3]]), output_hidden_states=True, output_attentions=True)
+    print("last_hidden_state (B, T, D)", tuple(out.last_hidden_state.shape))
+    print("pooler_output (B, D)", tuple(out.pooler_output.shape))
+    print("hidden_states, one more than layers:", len(out.hidden_states))
+    print("attentions, one a layer, (B, H, T, T)", tuple(out.attentions[0].shape))
+    print("each token's attention sums to", out.attentions[0].sum(-1).mean().item())

@@ -45,7 +45,7 @@ def optimize(model: BertPreTrainedModel, dtype: str | torch.dtype | None = None)
 
 
 def _on_cpu(model: BertPreTrainedModel, plan: Plan) -> OptimizedModel:
-    encoder = CpuEncoder(model.encoder_model, plan.kernels)
+    encoder = CpuEncoder(model.base_model, plan.kernels)
     words = getattr(getattr(model, "cls", None), "predictions", None)
     head = None if words is None else FastVocabularyHead(words, plan.kernels)
     extra = encoder.nbytes + (0 if head is None else head.nbytes)

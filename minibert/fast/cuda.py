@@ -339,7 +339,7 @@ def gpu_plan(model: BertPreTrainedModel, dtype: str | None) -> GpuPlan:
     computed = getattr(torch, name)
     with _on(device):
         pieces, lines = measured(
-            model.encoder_model.embeddings, config.intermediate_size, config.hidden_act, computed, cuda_seconds
+            model.base_model.embeddings, config.intermediate_size, config.hidden_act, computed, cuda_seconds
         )
     obstacle = varlen_obstacle(device, computed, config.hidden_size // config.num_attention_heads)
     receipts += [*lines, f"attention: {obstacle + ': padded rows' if obstacle else 'varlen_attn on packed tokens'}"]
@@ -361,7 +361,7 @@ def _dtype(asked: str | None, own: str, capability: tuple[int, int]) -> str:
 
 def with_plan(model: BertPreTrainedModel, plan: GpuPlan) -> GpuModel:
     """The optimized model, on whatever device `model` is."""
-    encoder = GpuEncoder(model.encoder_model, plan)
+    encoder = GpuEncoder(model.base_model, plan)
     words = getattr(getattr(model, "cls", None), "predictions", None)
     head = None if words is None else GpuVocabularyHead(words, plan)
     extra = encoder.nbytes + (0 if head is None else head.nbytes)

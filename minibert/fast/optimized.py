@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import accumulate
+from types import MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -54,7 +56,7 @@ class OptimizedModel(nn.Module):
         # Not a submodule: .to(), .train() and state_dict() belong to the plain model
         object.__setattr__(self, "model", model)
         self.encoder, self.vocabulary_head, self.plan = encoder, vocabulary_head, plan
-        object.__setattr__(self, "pooler", model.encoder_model.pooler)
+        object.__setattr__(self, "pooler", model.base_model.pooler)
         self.eval()
         # Training changes parameters in place and counts it here. (Inference tensors keep no count.)
         self._parameters_seen = [p for p in model.parameters() if not p.is_inference()]
@@ -81,11 +83,8 @@ class OptimizedModel(nn.Module):
         """
         if self._versions() != self._versions_seen:
             raise RuntimeError("the model's parameters changed after optimize: optimize it again")
-        unknown = [name for name in kwargs if name not in self.model._arguments]
-        if unknown:
-            raise TypeError(f"{type(self.model).__name__} takes no argument {unknown[0]!r}; it takes "
-                            f"{', '.join(self.model._arguments)}, positions")  # fmt: skip
-        kwargs.update(zip(self.model._arguments[1:], args, strict=False))
+        kwargs = inspect.signature(self.model.forward).bind_partial(input_ids, *args, **kwargs).arguments
+        input_ids = kwargs.pop("input_ids")
         if isinstance(input_ids, Sequence):
             if kwargs.get("attention_mask") is not None:
                 raise ValueError("attention_mask: input_ids given as lists have no padding to mask")
@@ -143,7 +142,8 @@ class _Call:
         self.packing: Packing | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.fast.model, name)
+        found = getattr(self.fast.model, name)
+        return MethodType(found.__func__, self) if isinstance(found, MethodType) else found
 
     def dropout(self, x: Tensor) -> Tensor:
         return x

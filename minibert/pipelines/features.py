@@ -34,7 +34,7 @@ class FeatureExtractionPipeline(Pipeline):
         tokenize_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ):
-        super().__init__(getattr(model, "encoder_model", model), tokenizer, **options)
+        super().__init__(getattr(model, "base_model", model), tokenizer, **options)
         self.return_tensors = return_tensors
         self.tokenizer_kwargs |= _for_tokenizer(truncation, tokenize_kwargs)
 

@@ -60,11 +60,11 @@ def attention_by_products(model: nn.Module) -> Calling:
 
 
 def _attention(
-    layer: BertSelfAttention, hidden_states: Tensor, mask: Tensor | None, with_map: bool
-) -> tuple[Tensor, Tensor | None]:
+    layer: BertSelfAttention, hidden_states: Tensor, mask: Tensor | None, maps: list[Tensor] | None = None
+) -> Tensor:
     B, T, D = hidden_states.shape
-    if with_map or T > LONGEST or not torch.is_autocast_enabled("cpu"):
-        return BertSelfAttention.forward(layer, hidden_states, mask, with_map)
+    if maps is not None or T > LONGEST or not torch.is_autocast_enabled("cpu"):
+        return BertSelfAttention.forward(layer, hidden_states, mask, maps)
     query, key, value = (
         part(hidden_states).view(B, T, -1, layer.attention_head_size).transpose(1, 2)
         for part in (layer.query, layer.key, layer.value)
@@ -73,7 +73,7 @@ def _attention(
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probabilities = F.dropout(scores.softmax(-1), layer.dropout.p, layer.training)
-    return (probabilities @ value).transpose(1, 2).reshape(B, T, D), None
+    return (probabilities @ value).transpose(1, 2).reshape(B, T, D)
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -28,6 +28,12 @@ HEADS = {
     "multiple-choice": "BertForMultipleChoice",
 }
 
+# What the head of masked words shares with others, under a second name: stored once
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
 TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer.json",
@@ -136,7 +142,7 @@ def _tensors(report: LoadReport, dtype: torch.dtype | None, every_head: bool) ->
     """What to write, by name in the result; heads beside that of the class too, if every head is wanted."""
     statuses = ("loaded", "renamed", "expected extra") if every_head else ("loaded", "renamed")
     names = {tensor.name for tensor in report.tensors}
-    aliases = {alias for alias, owner in minibert.BertForMaskedLM.tied_weights.items() if owner in names}
+    aliases = {alias for alias, owner in TIED.items() if owner in names}
     tensors = {}
     for tensor in report.tensors:
         if tensor.status not in statuses or checkpoint.is_buffer(tensor.name) or tensor.name in aliases:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from minibert.weights import checkpoint, hub
 from minibert.weights.checkpoint import LoadReport
+from minibert.weights.ties import KeepsTies, aliases
 
 logger = logging.getLogger("minibert")
 
@@ -24,13 +25,12 @@ _WHERE = ("revision", "cache_dir", "local_files_only", "token")
 T = TypeVar("T", bound="Pretrained")
 
 
-class Pretrained:
-    """Loading and saving for an nn.Module that has a `config`, no buffers, `tie_weights()`, `_init_weights(module)`."""
+class Pretrained(KeepsTies):
+    """Loading and saving for a module that has a `config`, no buffers, and `_init_weights(module)`."""
 
     config_class: ClassVar[type[Any]]
     base_model_prefix: ClassVar[str]  # the attribute that holds the encoder, in models that have it
-    tied_weights: ClassVar[dict[str, str]]  # a parameter's other name -> its own name
-    new_heads: ClassVar[tuple[str, ...]]  # beginnings of names that may be absent from a checkpoint
+    new_heads: ClassVar[tuple[str, ...]] = ()  # beginnings of names that may be absent from a checkpoint
 
     @classmethod
     def from_pretrained(
@@ -108,7 +108,7 @@ class Pretrained:
         report = checkpoint.compare(
             stored,
             {key: tuple(value.shape) for key, value in model.state_dict().items()},
-            tied=cls.tied_weights,
+            tied=aliases(model),
             new_heads=cls.new_heads,
             prefix=f"{cls.base_model_prefix}." if hasattr(model, cls.base_model_prefix) else "",
         )
@@ -131,7 +131,6 @@ class Pretrained:
         for key in new:
             state[key] = torch.empty(self.get_parameter(key).shape, dtype=dtype, device=device)
         self.load_state_dict(state, strict=False, assign=True)
-        self.tie_weights()
         for module in {key.rpartition(".")[0]: None for key in new}:
             self._init_weights(self.get_submodule(module))
 
@@ -144,7 +143,8 @@ class Pretrained:
         Raises NotADirectoryError if `directory` is a file; OSError if it cannot be written, and then nothing has
         changed; ValueError for a size that cannot be understood.
         """
-        tensors = {name: tensor for name, tensor in self.state_dict().items() if name not in self.tied_weights}
+        tied = aliases(self)
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if name not in tied}
         with hub.replacing(directory, stale=checkpoint.is_shard) as staging:
             write_model(staging, type(self).__name__, self.config, tensors, max_shard_size)
 
@@ -211,10 +211,7 @@ def load_config(config_class: type[Any], source: hub.Source, changes: dict[str, 
     unknown = [name for name in changes if name not in known]
     if unknown:
         raise TypeError(f"from_pretrained takes no argument {', '.join(unknown)} (nor is it a field of the config)")
-    path = source.file("config.json")
-    if path is None:
-        raise ValueError(f"{source.name} has no config.json, which says what model its weights are for")
-    return config_class.from_pretrained(path.parent, **changes)
+    return config_class.from_pretrained(source, **changes)
 
 
 def _hint(cls: type[Pretrained], report: LoadReport) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import transformers
 
-from minibert import BertConfig
+from minibert import BertConfig, BertForMaskedLM, BertModel
 
 
 def test_defaults_are_those_of_transformers():
@@ -94,9 +95,41 @@ def test_fields_that_would_change_the_model_are_refused_by_name(field, value):
         BertConfig.from_dict({field: value})
 
 
-def test_a_typo_is_a_type_error():
-    with pytest.raises(TypeError, match="hiden_size"):
-        BertConfig(hiden_size=3)
+def test_a_field_that_nobody_knows_is_kept_and_named(caplog):
+    config = BertConfig(hiden_size=3)
+    assert "hiden_size=3" in caplog.text
+    assert config.hiden_size == 3
+    assert config.to_dict()["hiden_size"] == 3
+
+
+def test_assignments_are_checked_one_by_one_and_together_by_the_model():
+    config = BertConfig()
+    with pytest.raises(ValueError, match="hidden_size"):
+        config.hidden_size = 0
+    with pytest.raises(ValueError, match="is_decoder"):
+        config.is_decoder = True
+    config.hidden_size, config.num_attention_heads, config.is_decoder = 30, 3, False
+    config.check()
+    config.num_attention_heads = 4
+    with pytest.raises(ValueError, match="multiple of num_attention_heads=4"):
+        BertModel(config)
+
+
+def test_labels_agree_after_each_assignment():
+    config = BertConfig()
+    config.num_labels = 3
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    config.id2label = {"0": "no", "1": "yes"}
+    assert (config.num_labels, config.label2id) == (2, {"no": 0, "yes": 1})
+    config.label2id = {"a": 0}
+    assert (config.num_labels, config.id2label) == (1, {0: "a"})
+
+
+def test_a_head_and_its_encoder_share_one_config():
+    model = BertForMaskedLM(BertConfig.named("tiny", vocab_size=30))
+    assert model.config is model.bert.config
+    model.config.output_hidden_states = True
+    assert len(model(torch.tensor([[1, 2]])).hidden_states) == 3
 
 
 def test_every_field_transformers_writes_is_known():

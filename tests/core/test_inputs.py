@@ -80,8 +80,8 @@ def test_multiple_choice_needs_three_dimensions():
         twins("BertForMultipleChoice")[1](IDS)
 
 
-def test_unknown_argument_is_a_type_error_that_lists_the_known(model):
-    with pytest.raises(TypeError, match=r"takes no argument 'attention_masks'; it takes input_ids, attention_mask"):
+def test_unknown_argument_is_a_type_error_that_names_it(model):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'attention_masks'"):
         model(IDS, attention_masks=torch.ones(2, 3))
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import minibert
 from minibert.weights import checkpoint
-from minibert.weights.convert import HEADS, convert, inspect
+from minibert.weights.convert import HEADS, TIED, convert, inspect
+from minibert.weights.ties import aliases
 
 BUFFERS = {"bert.embeddings.position_ids": torch.arange(20)[None]}
 POOLING = {
@@ -34,8 +35,8 @@ def without(tensors: dict[str, Tensor], *parts: str) -> dict[str, Tensor]:
 
 def with_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With the tied tensors under both of their names."""
-    aliases = minibert.BertForPreTraining.tied_weights.items()
-    return {**tensors, **{alias: tensors[owner].clone() for alias, owner in aliases if owner in tensors}}
+    tied = TIED.items()
+    return {**tensors, **{alias: tensors[owner].clone() for alias, owner in tied if owner in tensors}}
 
 
 def renamed(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +125,7 @@ def test_well_known_checkpoints_need_no_flags(tmp_path: Path, layout: str) -> No
     original = {checkpoint.rename(name, "bert."): value for name, value in LAYOUTS[layout][0]().items()}
     assert all(torch.equal(value, original[checkpoint.rename(name, "bert.")]) for name, value in tensors.items())
     dropped = original.keys() - {checkpoint.rename(name, "bert.") for name in tensors}
-    assert dropped <= {*BUFFERS, *minibert.BertForPreTraining.tied_weights}
+    assert dropped <= {*BUFFERS, *TIED}
     assert not any(part in name for name in tensors for part in ("gamma", "beta", "module."))
     assert {path.name for path in out.iterdir()} == {
         "config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "modules.json", "1_Pooling",
@@ -252,7 +253,7 @@ def test_inspect_names_what_is_missing(tmp_path: Path) -> None:
     model, report = inspect(source, "masked-lm")
     assert type(model) is minibert.BertForMaskedLM
     assert len(report.named("missing")) == 5
-    assert set(report.named("tied alias")) == set(model.tied_weights)
+    assert set(report.named("tied alias")) == set(aliases(model))
 
 
 def test_classifier_of_unknown_kind(tmp_path: Path) -> None:

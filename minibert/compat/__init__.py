@@ -1,0 +1,1 @@
+"""What is accepted so that scripts and files written for transformers work; nothing of it is BERT."""

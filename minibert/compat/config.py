@@ -1,0 +1,183 @@
+"""HubConfig: what the Hub's `config.json` and transformers' scripts expect of a config, around a dataclass's fields."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+import os
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from minibert.weights import hub
+
+logger = logging.getLogger("minibert")
+
+C = TypeVar("C", bound=type)
+T = TypeVar("T", bound="HubConfig")
+
+# Fields that would change what the model computes: anything but these values is refused. The first is what it reads as.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("bert", None),
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "tie_word_embeddings": (True, None),
+    "pruned_heads": ({}, None),
+    "auto_map": ({}, None),
+    "embedding_size": (None,),
+    "quantization_config": (None, {}),
+}
+
+# Fields that say nothing about what the encoder computes: text generation, bookkeeping, older exports, training set-up.
+_IRRELEVANT = frozenset(
+    """_attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
+    _num_labels adapters attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id directionality diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id eos_token_ids exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing language length_penalty max_length min_length
+    name_or_path no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_past output_scores
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix
+    remove_invalid_values repetition_penalty return_dict_in_generate sentence_transformers sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
+    torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache xla_device""".split()
+)
+_LABELS = ("num_labels", "id2label", "label2id")
+_MOST_LABELS = 10_000_000
+# What a file says of how it was made, untrue once it is written anew
+_STALE = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "_commit_hash", "_attn_implementation")
+
+
+def takes_hub_fields(cls: C) -> C:
+    """Let the constructor of a dataclass on HubConfig take whatever a `config.json` may hold, as transformers' does."""
+    construct = cls.__init__  # type: ignore[misc]
+    own = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        construct(self, *args, **{name: value for name, value in values.items() if name in own})
+        self._set_others({name: value for name, value in values.items() if name not in own})
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+class HubConfig:
+    """The base of BertConfig: assignments are checked, labels agree, unknown fields are kept and named in a notice.
+
+    A subclass is a dataclass with `check_field(name, value)` and `check()`. Fields of a Hub `config.json` that would
+    change what is computed are refused by name; those known to be irrelevant are kept.
+    """
+
+    def check_field(self, name: str, value: Any) -> None:
+        """Raise ValueError unless the field may have this value."""
+
+    def check(self) -> None:
+        """Raise ValueError unless the fields go together."""
+
+    def __post_init__(self) -> None:
+        labels = (self.__dict__.pop(name) for name in _LABELS)
+        self._set_labels(_agreed(*labels))
+        self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _ONLY:
+            if value not in _ONLY[name]:
+                raise ValueError(f"{name}={value!r} is not supported: only {_ONLY[name][0]!r}")
+        elif name in _LABELS and all(label in self.__dict__ for label in _LABELS):
+            if name != "num_labels" or value != self.num_labels:
+                self._set_labels(_agreed(**{name: value}))
+        elif name in _LABELS:  # in the constructor, at the end of which they are made to agree
+            self.__dict__[name] = value
+        else:
+            self.check_field(name, value)
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:  # asked only for what was never set
+        if name in _ONLY:
+            return copy.copy(_ONLY[name][0])
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    def _set_labels(self, names: dict[int, str]) -> None:
+        self.check_field("num_labels", len(names))
+        self.__dict__["num_labels"] = len(names)
+        self.__dict__["id2label"] = names
+        self.__dict__["label2id"] = {name: index for index, name in names.items()}
+
+    def _set_others(self, values: dict[str, Any]) -> None:
+        """Set fields that are none of the dataclass, with one line of notice about those that nobody knows."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        if unknown := sorted(name for name in values if name not in _ONLY and name not in _IRRELEVANT):
+            given = ", ".join(f"{name}={values[name]!r}" for name in unknown)
+            logger.warning("%s: kept, but of no use here, as no BERT has these fields: %s", type(self).__name__, given)
+
+    @classmethod
+    def from_dict(cls: type[T], values: dict[str, Any], **changes: Any) -> T:
+        """Make a config of the dictionary of a Hub `config.json`; `changes` are further fields, which win.
+
+        A new `num_labels` among `changes` replaces the file's label names. Raises ValueError for what is not a
+        dictionary, or for a field whose value is not supported.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"a BERT config must be a JSON object with named fields, got {type(values).__name__}")
+        if "num_labels" in changes and "id2label" not in changes:
+            values = {name: value for name, value in values.items() if name not in ("id2label", "label2id")}
+        return cls(**{**values, **changes})
+
+    @classmethod
+    def from_pretrained(cls: type[T], name_or_path: str | os.PathLike[str] | hub.Source, **where_and_changes: Any) -> T:
+        """Read the config of a directory, a bundled model or a Hub repository.
+
+        Takes `revision`, `cache_dir`, `local_files_only` and `token` as the models do; the rest are changed fields.
+        Raises ValueError for a file that is missing, damaged or says what is not supported.
+        """
+        where_names = ("revision", "cache_dir", "local_files_only", "token")
+        where = {name: where_and_changes.pop(name) for name in where_names if name in where_and_changes}
+        path = hub.fetch(name_or_path, "config.json", **where)
+        if path is None:
+            name = name_or_path.name if isinstance(name_or_path, hub.Source) else name_or_path
+            raise ValueError(f"{name} has no config.json, which says what model its weights are for")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # invalid JSON and invalid UTF-8 both
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        try:
+            return cls.from_dict(values, **where_and_changes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `config.json` holds them; transformers opens it."""
+        values = {"model_type": "bert", **{name: value for name, value in self.__dict__.items() if name not in _STALE}}
+        values["id2label"] = {str(index): name for index, name in self.id2label.items()}  # type: ignore[attr-defined]
+        del values["num_labels"]  # id2label says it
+        # A missing pad_token_id means 0, so that None must be written
+        return {name: value for name, value in values.items() if value is not None or name == "pad_token_id"}
+
+
+def _agreed(
+    num_labels: int | None = None, id2label: dict[Any, str] | None = None, label2id: dict[str, Any] | None = None
+) -> dict[int, str]:
+    """The names of the labels by id, from whichever is given; default names (LABEL_0 ...) give way to real ones."""
+    names = id2label
+    if names is None and label2id is not None:
+        names = {index: name for name, index in label2id.items()}
+    if names is not None:
+        names = {int(index): str(name) for index, name in names.items()}
+        if set(names) != set(range(len(names))):
+            raise ValueError(f"id2label has the ids {sorted(names)}: must be 0 to {len(names) - 1} without gaps")
+    is_default = names is not None and all(name == f"LABEL_{index}" for index, name in names.items())
+    if names is None or (is_default and num_labels is not None and num_labels != len(names)):
+        count = 2 if num_labels is None else num_labels
+        if type(count) is not int or not 1 <= count <= _MOST_LABELS:
+            raise ValueError(f"num_labels={count!r}: must be a whole number from 1 to {_MOST_LABELS}")
+        names = {index: f"LABEL_{index}" for index in range(count)}
+    if num_labels is not None and num_labels != len(names):
+        raise ValueError(f"num_labels={num_labels} but id2label names {len(names)} labels: {list(names.values())}")
+    for name, index in (label2id or {}).items():
+        if not name.startswith("LABEL_") and names.get(int(index)) != name:
+            raise ValueError(f"label2id[{name!r}]={index} but id2label[{index}]={names.get(int(index))!r}")
+    return dict(sorted(names.items()))
