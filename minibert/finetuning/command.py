@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minibert.terminal import INTERRUPTED, add_model, chosen_model, notice, show, shows_progress
+
 if TYPE_CHECKING:  # torch takes its time: the command line must not wait for it to print its help
     from minibert.finetuning.tasks import Task
 
@@ -29,15 +31,17 @@ PROBLEMS = ("single_label_classification", "multi_label_classification", "regres
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `minibert finetune`."""
     parser.add_argument("--task", required=True, choices=("classification", "tagging"))
-    parser.add_argument("--train", required=True, metavar="FILE",
-                        help="classification: .csv, .tsv or .jsonl with text, label and perhaps text_pair; tagging: "
-                        "CoNLL, a word and its label a line, a blank line between sentences")  # fmt: skip
+    parser.add_argument(
+        "--train",
+        required=True,
+        metavar="FILE",
+        help="classification: .csv, .tsv or .jsonl with text, label and perhaps text_pair; tagging: "
+        "CoNLL, a word and its label a line, a blank line between sentences",
+    )
     parser.add_argument("--validation", required=True, metavar="FILE", help="as --train; chooses the best epoch")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the run keeps everything")
-    parser.add_argument(
-        "--model", help="what to start from, a directory or a name on the Hub; default: the bundled one"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_model(parser)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one, else the CPU")
     parser.add_argument("--problem-type", choices=PROBLEMS, help="of a classification (default: one label of several)")
     parser.add_argument("--max-length", type=int, help="tokens of an example (default: what the model takes)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, help=text)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Fine-tune a model to classify texts or to tag words, and keep the best epoch.
 
     Stop it with Ctrl-C or SIGTERM and go on with --resume, to the same end.
@@ -61,17 +65,21 @@ def run(arguments: argparse.Namespace) -> None:
     names = [name.replace("-", "_") for name in NUMBERS]
     settings = FineTuneSettings(**{name: value for name in names if (value := getattr(arguments, name)) is not None})
     task = Tagging() if arguments.task == "tagging" else Classification(arguments.problem_type or PROBLEMS[0])
+    arguments.model = chosen_model(arguments)
     model, tokenizer, rows = prepare(arguments, task, settings.seed)
-    job = FineTuning(model, tokenizer, task, *rows, output, settings=settings)
+    job = FineTuning(model, tokenizer, task, *rows, output, settings=settings, progress=shows_progress(arguments))
     if arguments.resume:
         job.resume()
     best = job.fit()
-    state = "finished" if job.step == job.steps else "stopped"
+    finished = job.step == job.steps
+    line = f"{'finished' if finished else 'stopped'} at step {job.step} of {job.steps}"
+    result = {"finished": finished, "step": job.step, "steps": job.steps, "best": best, "model": str(output / BEST)}
     if best is None:
-        print(f"{state} at step {job.step} of {job.steps}, before the end of an epoch: go on with --resume")
-        return
+        show(arguments, result, [f"{line}, before the end of an epoch: go on with --resume"])
+        return INTERRUPTED
     scores = ", ".join(f"{name} {value:.4f}" for name, value in best.items() if name not in ("step", "epoch", "loss"))
-    print(f"{state} at step {job.step} of {job.steps}; best epoch {best['epoch']}: {scores}\n{output / BEST}")
+    show(arguments, result, [f"{line}; best epoch {best['epoch']}: {scores}", str(output / BEST)])
+    return 0 if finished else INTERRUPTED
 
 
 def prepare(arguments: argparse.Namespace, task: Task, seed: int) -> tuple[Any, Any, tuple[Any, Any]]:
@@ -99,10 +107,11 @@ def prepare(arguments: argparse.Namespace, task: Task, seed: int) -> tuple[Any, 
     rows = tuple(task.encode(each, tokenizer, ids, length) for each in examples)
     for path, encoded in zip((arguments.train, arguments.validation), rows, strict=True):
         cut = f", {encoded.cut:,} of them cut to {length} tokens" if encoded.cut else ""
-        print(f"{path}: {len(encoded.examples):,} examples{cut}")
-    print("labels: " + ("numbers" if names is None else ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")))
+        notice(arguments, f"{path}: {len(encoded.examples):,} examples{cut}")
+    shown = ["numbers"] if names is None else [*names[:20], *(["..."] if len(names) > 20 else [])]
+    notice(arguments, f"labels: {', '.join(shown)}")
     torch.manual_seed(seed)  # of the new head
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     fields |= {"problem_type": task.problem_type} if task.problem_type else {}
     model = task.model_class.from_pretrained(name, device=device, **fields, **where)
     return model, tokenizer, rows

@@ -75,7 +75,7 @@ class FineTuning:
         directory: str | os.PathLike[str],
         *,
         settings: FineTuneSettings | None = None,
-        progress: bool = True,
+        progress: bool | None = None,
     ):
         self.model, self.tokenizer, self.task, self.train, self.validation = model, tokenizer, task, train, validation
         self.directory, self.settings, self.progress = Path(directory), settings or FineTuneSettings(), progress
@@ -139,7 +139,12 @@ class FineTuning:
         self.model.train()
         with (
             stop_signals(self._ask_to_stop),
-            tqdm(total=self.steps, initial=self.step, unit="step", disable=not self.progress) as bar,
+            tqdm(
+                total=self.steps,
+                initial=self.step,
+                unit="step",
+                disable=None if self.progress is None else not self.progress,
+            ) as bar,
         ):
             while self.step < self.steps and not self._stop:
                 self._losses.append(self.train_step())

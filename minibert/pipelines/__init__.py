@@ -16,8 +16,9 @@ from minibert.pipelines.tagging import TokenClassificationPipeline
 from minibert.pipelines.words import FillMaskPipeline, NextSentencePipeline
 from minibert.text.tokenizer import BertTokenizer
 from minibert.weights import hub
+from minibert.weights.pretrained import as_device
 
-__all__ = ["PIPELINES", "Pipeline", "batches", "pipeline"]
+__all__ = ["PIPELINES", "PRETRAINED", "Pipeline", "batches", "chosen_device", "pipeline"]
 
 PIPELINES: dict[str, type[Pipeline]] = {
     kind.task: kind
@@ -32,6 +33,18 @@ PIPELINES: dict[str, type[Pipeline]] = {
 }
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
 PRETRAINED = ("fill-mask", "next-sentence-prediction", "feature-extraction")  # what needs no fine-tuning
+
+
+def chosen_device(device: str | int | torch.device | None = None) -> torch.device:
+    """The device of that name, or the GPU of that number (-1: the CPU); for None a GPU if there is one, else the CPU.
+
+    Raises ValueError for one that torch does not know or that is not here.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif isinstance(device, int):
+        device = f"cuda:{device}" if device >= 0 else "cpu"
+    return as_device(device)
 
 
 def pipeline(
@@ -73,12 +86,10 @@ def pipeline(
         raise ValueError("tokenizer must be given where model is a ready model and not a name")
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = BertTokenizer.from_pretrained(model if tokenizer is None else tokenizer, **where)
-    if isinstance(device, int):
-        device = f"cuda:{device}" if device >= 0 else "cpu"
     if isinstance(model, nn.Module):
         if dtype is not None:
             raise ValueError(f"dtype={dtype} is for a model given by name; cast a ready one with model.to(dtype)")
-        return kind(model if device is None else model.to(device), tokenizer, fast=fast, **options)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = kind.load(model, dtype=dtype, device=device, **where)
+        ready = model if device is None else model.to(chosen_device(device))
+        return kind(ready, tokenizer, fast=fast, **options)
+    loaded = kind.load(model, dtype=dtype, device=chosen_device(device), **where)
     return kind(loaded, tokenizer, fast=fast, **options)

@@ -33,7 +33,8 @@ class Pipeline:
     numbers up to rounding; None, the default, does so for float32 models on a CPU, unless a ready model comes in train
     mode. batch_size bounds the texts of a batch, whose tokens are bounded anyway. tokenizer_kwargs go to each call of
     the tokenizer; a text of more tokens than the model has positions is a ValueError unless {"truncation": True} is
-    among them. Calls may come from several threads.
+    among them. progress: show a bar on standard error when a call takes longer than a moment; None, the default, does
+    so on a terminal. Calls may come from several threads.
     """
 
     task: ClassVar[str]
@@ -48,13 +49,14 @@ class Pipeline:
         fast: bool | None = None,
         batch_size: int | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
     ):
         if not isinstance(model, self.model_class):
             raise TypeError(f"{self.task} needs a {self.model_class.__name__}, got {type(model).__name__}")
         if fast is None:
             fast = not model.training and model.device.type == "cpu" and model.dtype == torch.float32
         self.model, self.tokenizer, self.fast = model.eval(), tokenizer, fast
-        self.batch_size = batch_size
+        self.batch_size, self.progress = batch_size, progress
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
         self._optimized: tuple[list, nn.Module] | None = None
         self._lock = threading.Lock()
@@ -167,8 +169,8 @@ class Pipeline:
         lengths = [len(ids) for ids in rows["input_ids"]]
         results: list[Any] = [None] * len(lengths)
         runner, tokens = self.runner, TOKENS_PER_BATCH["cpu" if self.device.type == "cpu" else "gpu"]
-        # On a terminal, and only when it takes longer than a moment
-        with tqdm(total=len(lengths), desc=self.task, delay=3, disable=None, leave=False) as bar:
+        off = None if self.progress is None else not self.progress  # None: tqdm looks whether it is on a terminal
+        with tqdm(total=len(lengths), desc=self.task, delay=3, disable=off, leave=False) as bar:
             for numbers in batches(lengths, tokens, self.batch_size if batch_size is None else batch_size):
                 picked = {name: [column[number] for number in numbers] for name, column in rows.items()}
                 batch = self.tokenizer.pad(picked, return_tensors="pt").to(self.device)

@@ -43,10 +43,11 @@ class TextClassificationPipeline(Pipeline):
         fast: bool | None = None,
         batch_size: int | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
         **more_for_tokenizer: Any,
     ):
         kwargs = {**(tokenizer_kwargs or {}), **more_for_tokenizer}
-        super().__init__(model, tokenizer, fast=fast, batch_size=batch_size, tokenizer_kwargs=kwargs)
+        super().__init__(model, tokenizer, fast=fast, batch_size=batch_size, tokenizer_kwargs=kwargs, progress=progress)
         self.top_k = top_k if top_k in (UNSET, None) else check_count("top_k", top_k)
         self.function_to_apply = self._check_function(function_to_apply)
 

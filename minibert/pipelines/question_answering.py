@@ -66,10 +66,11 @@ class QuestionAnsweringPipeline(Pipeline):
         *,
         fast: bool | None = None,
         batch_size: int | None = None,
+        progress: bool | None = None,
         **rules: Any,
     ):
         """rules: fields of SpanRules, the defaults of calls."""
-        super().__init__(model, tokenizer, fast=fast, batch_size=batch_size)
+        super().__init__(model, tokenizer, fast=fast, batch_size=batch_size, progress=progress)
         self.rules = self._checked(SpanRules(), rules)
 
     def __call__(

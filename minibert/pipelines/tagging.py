@@ -57,8 +57,9 @@ class TokenClassificationPipeline(Pipeline):
         stride: int | None = None,
         fast: bool | None = None,
         batch_size: int | None = None,
+        progress: bool | None = None,
     ):
-        super().__init__(model, tokenizer, fast=fast, batch_size=batch_size)
+        super().__init__(model, tokenizer, fast=fast, batch_size=batch_size, progress=progress)
         self.defaults = (aggregation_strategy, tuple(ignore_labels), stride)
         self._check_options(*self.defaults)
 

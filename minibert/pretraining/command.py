@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from minibert.terminal import INTERRUPTED, notice, show, shows_progress
 
 if TYPE_CHECKING:  # torch takes its time: the command line must not wait for it to print its help
     from minibert.heads import BertForPreTraining
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         training.add_argument(f"--{name}", action="store_true", default=None, help=text)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Pretrain a model with MLM and NSP on text files, from scratch or from a checkpoint.
 
     Stop it with Ctrl-C or SIGTERM and go on with --resume; on several GPUs or machines start it with
@@ -97,16 +98,28 @@ def run(arguments: argparse.Namespace) -> None:
         here.wait()
         corpus, validation = open_corpora(arguments, output / "data")
         if here.is_first:
-            print(f"{corpus.report}\n{report(corpus, rules, settings.rows, packed=settings.packed)}")
+            notice(arguments, f"{corpus.report}\n{report(corpus, rules, settings.rows, packed=settings.packed)}")
         model = make_model(arguments, corpus, rules.max_length, rules.seed)
-        job = Run(model, corpus, output, rules=rules, settings=settings, validation=validation, world=here)
+        job = Run(
+            model,
+            corpus,
+            output,
+            rules=rules,
+            settings=settings,
+            validation=validation,
+            world=here,
+            progress=shows_progress(arguments),
+        )
         if arguments.resume:
             job.resume()
         finished = job.fit()
         export(job, output / "model")
         if here.is_first:
-            draw(output)
-            print(f"{'finished' if finished else 'stopped'} at step {job.step:,}: {output / 'model'}")
+            draw(arguments, output)
+            result = {"finished": finished, "step": job.step, "model": str(output / "model")}
+            state = "finished" if finished else "stopped"
+            show(arguments, result, [f"{state} at step {job.step:,}: {output / 'model'}"])
+    return 0 if finished else INTERRUPTED
 
 
 def settings_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -140,10 +153,23 @@ def prepare(arguments: argparse.Namespace, data: Path) -> None:
     elif arguments.vocab:
         shutil.copyfile(arguments.vocab, vocab)
     elif not vocab.is_file():
-        train_vocab(arguments.text, vocab, vocab_size=arguments.vocab_size, lowercase=lowercase)
+        train_vocab(
+            arguments.text,
+            vocab,
+            vocab_size=arguments.vocab_size,
+            lowercase=lowercase,
+            progress=shows_progress(arguments),
+        )
     for name, files in (("train", arguments.text), ("validation", arguments.validation)):
         if files:
-            build_corpus(files, data / name, vocab, lowercase=lowercase, prose=arguments.prose)
+            build_corpus(
+                files,
+                data / name,
+                vocab,
+                lowercase=lowercase,
+                prose=arguments.prose,
+                progress=shows_progress(arguments),
+            )
 
 
 def open_corpora(arguments: argparse.Namespace, data: Path) -> tuple[Corpus, Corpus | None]:
@@ -202,16 +228,10 @@ def export(job: Run, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def draw(output: Path) -> None:
+def draw(arguments: argparse.Namespace, output: Path) -> None:
     from minibert.training.curves import plot_curves
 
     try:
         plot_curves(output / "metrics.jsonl", output / "curves.png")
     except ImportError:
-        print("no curves.png: matplotlib is not installed")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=run.__doc__)
-    add_arguments(parser)
-    run(parser.parse_args(argv))
+        notice(arguments, "no curves.png: matplotlib is not installed")

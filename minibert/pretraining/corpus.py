@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -104,7 +105,7 @@ def train_vocab(
     lowercase: bool = True,
     min_frequency: int = 2,
     limit_alphabet: int = 1000,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Path:
     """Train a WordPiece vocabulary on text files and write it as `vocab.txt`, one piece a line, special tokens first.
 
@@ -117,7 +118,7 @@ def train_vocab(
         min_frequency=min_frequency,
         limit_alphabet=limit_alphabet,
         special_tokens=list(SPECIAL_TOKENS),
-        show_progress=progress,
+        show_progress=sys.stderr.isatty() if progress is None else progress,
     )
     lines = (line for block in _blocks(_checked(files), 1 << 20) for line in block.text().split("\n"))
     tokenizer.train_from_iterator(lines, trainer)
@@ -328,7 +329,7 @@ def build_corpus(
     lowercase: bool = True,
     prose: bool = False,
     num_workers: int | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Corpus:
     """Tokenize text files (plain, .gz or .xz) into `directory`: one sentence a line, a blank line between documents.
 
@@ -348,7 +349,8 @@ def build_corpus(
     (directory / "corpus.json").unlink(missing_ok=True)
     key = hashlib.sha256(f"{FORMAT} {lowercase} {prose} ".encode() + vocab_file.read_bytes()).hexdigest()
     dtype = "uint16" if len(pieces) <= 1 << 16 else "uint32"
-    with tqdm(total=sum(p.stat().st_size for p in paths), unit="B", unit_scale=True, disable=not progress) as bar:
+    off, total = None if progress is None else not progress, sum(path.stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=off) as bar:  # None: tqdm looks if it is on a terminal
         blocks = _blocks(paths, BLOCK_BYTES, bar)
         jobs = ((block, prose, directory, i, dtype, key) for i, block in enumerate(blocks))
         shards = list(_in_parallel(_write_shard, jobs, num_workers or os.cpu_count(), (str(vocab_file), lowercase)))

@@ -91,11 +91,11 @@ class Run:
         settings: Settings | None = None,
         validation: Corpus | None = None,
         world: World | None = None,
-        progress: bool = True,
+        progress: bool | None = None,
     ) -> None:
         self.corpus, self.validation, self.directory = corpus, validation, Path(directory)
         self.rules, self.settings, self.world = rules or PairRules(), settings or Settings(), world or World()
-        self.progress = progress and self.world.is_first
+        self.progress = progress if self.world.is_first else False
         parts = self.world.size * self.settings.accumulate
         if self.settings.rows % parts:
             raise ValueError(
@@ -168,7 +168,12 @@ class Run:
         self.model.train()
         with (
             stop_signals(self._ask_to_stop),
-            tqdm(total=s.steps, initial=self.step, unit="step", disable=not self.progress) as bar,
+            tqdm(
+                total=s.steps,
+                initial=self.step,
+                unit="step",
+                disable=None if self.progress is None else not self.progress,
+            ) as bar,
         ):
             while self.step < s.steps:
                 batches, after = next(steps)

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "minibert"
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
+    "terminal": {"weights"},
     "activations": set(),
     "outputs": set(),
     "weights": set(),
@@ -31,10 +32,10 @@ ARROWS: dict[str, set[str]] = {
     "demo": {"heads", "weights", "pipelines", "text"},
     "embedding": {"fast", "model", "pipelines", "text", "weights"},
     "training": {"heads", "model", "config"},
-    "pretraining": {"training", "heads", "text", "model", "config", "fast", "weights"},
-    "finetuning": {"training", "pretraining", "heads", "text", "model", "config", "weights"},
-    "study": {"model", "heads", "inputs", "outputs", "config", "text", "weights"},
-    "parity": {"study", "model", "heads", "inputs", "outputs", "config", "text", "weights", "fast", "base"},
+    "pretraining": {"training", "heads", "text", "model", "config", "fast", "weights", "terminal"},
+    "finetuning": {"training", "pretraining", "heads", "text", "model", "config", "weights", "terminal"},
+    "study": {"model", "heads", "inputs", "outputs", "config", "text", "weights", "terminal"},
+    "parity": {"study", "model", "heads", "inputs", "outputs", "config", "text", "weights", "fast", "base", "terminal"},
 }
 READ_FIRST = ("config.py", "model.py", "heads.py")
 
@@ -63,7 +64,7 @@ def imported_rooms(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_arrows(path):
-    if room(path) == "cli":
+    if room(path) in ("cli", "commands"):
         return  # may import all
     assert room(path) in ARROWS, f"{path.name} has no place in the house: give it one here and in README.md"
     assert imported_rooms(path) <= ARROWS[room(path)]
