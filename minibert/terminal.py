@@ -1,6 +1,6 @@
 """What all commands share: options of one spelling, texts that come in, results that go out.
 
-Results go to standard output, and with --json they are all that goes there; notices, warnings and progress go to
+Results go to standard output, and with --json they are all that goes there; warnings, errors and progress go to
 standard error. Torch takes its time to import, so nothing here imports it: help is printed at once.
 """
 
@@ -80,7 +80,7 @@ def chosen_model(arguments: Arguments) -> str:
 
 def shows_progress(arguments: Arguments) -> bool | None:
     """False with --quiet; else None, which progress bars take for: where standard error is a terminal."""
-    return False if arguments.quiet else None
+    return False if getattr(arguments, "quiet", False) else None
 
 
 # Texts
@@ -128,7 +128,7 @@ def opened(file: str) -> BinaryIO:
 
 def show(arguments: Arguments, result: Any, rows: Sequence[str]) -> None:
     """The result as JSON if asked for, else as readable lines."""
-    print(_json(result, indent=2) if arguments.json else "\n".join(rows))
+    print(_json(result, indent=2) if _wants_json(arguments) else "\n".join(rows))
 
 
 def show_answers(
@@ -153,16 +153,20 @@ def show_answers(
         show(arguments, results[0] if one_alone and len(results) == 1 else results, shown)
         return
     for result, text in answered:
-        if arguments.json:
+        if _wants_json(arguments):
             print(_json(result), flush=True)
         elif shown := rows(text, result):
             print("\n".join(shown), flush=True)
 
 
 def notice(arguments: Arguments, text: str) -> None:
-    """What is good to know but no result: to standard error, unless --quiet."""
-    if not arguments.quiet:
-        print(text, file=sys.stderr)
+    """What is good to know but no result: not with --quiet, and with --json to standard error."""
+    if not getattr(arguments, "quiet", False):
+        print(text, file=sys.stderr if _wants_json(arguments) else sys.stdout)
+
+
+def _wants_json(arguments: Arguments) -> bool:
+    return getattr(arguments, "json", False)
 
 
 def table(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> list[str]:
