@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minibert.weights.files import refuse_pointer
+
 ALIGNMENT = 64  # bytes; that of memory from torch's CPU allocator
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHUNK = 16 << 20  # bytes that one thread reads at a time
@@ -68,11 +70,12 @@ class Stored:
 def open_files(paths: Iterable[Path]) -> dict[str, Stored]:
     """The tensors of one checkpoint's files, by name in the file. The data of safetensors files is not read yet.
 
-    Raises ValueError naming the file if it is damaged, holds anything but tensors, or repeats a name; OSError if it
-    cannot be opened.
+    Raises ValueError naming the file if it is damaged, a pointer of Git LFS, holds anything but tensors, or repeats a
+    name; OSError if it cannot be opened.
     """
     tensors: dict[str, Stored] = {}
     for path in paths:
+        refuse_pointer(path)
         for stored in _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path):
             if stored.name in tensors:
                 raise ValueError(f"{stored.name} is in both {tensors[stored.name].file} and {path}")

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from minibert.weights.files import sync
+
 _MODELS = Path(__file__).parents[1] / "models"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAVED = ".saved"  # in a model's directory: a whole set of files that are taking their places
@@ -316,7 +318,7 @@ def replacing(directory: str | os.PathLike, stale: Callable[[str], bool] = lambd
         old = sorted(name for name in os.listdir(directory) if name not in names and stale(name))
         (staging / _LIST).write_text(json.dumps({"files": names, "stale": old}), encoding="utf-8")
         for path in [*staging.rglob("*"), staging]:
-            _sync(path)
+            sync(path)
         os.rename(staging, directory / _SAVED)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -344,14 +346,14 @@ def _put_in_place(directory: Path) -> None:
         return
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{saved} is no interrupted save, delete it: {error!r}") from None
-    _sync(directory)
+    sync(directory)
     for source, target in moves:
         target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             os.replace(source, target)
     for path in stale:
         path.unlink(missing_ok=True)
-    _sync(directory)
+    sync(directory)
     (saved / _LIST).unlink(missing_ok=True)
     shutil.rmtree(saved, ignore_errors=True)
 
@@ -363,14 +365,3 @@ def _inside(directory: Path, name: str) -> Path:
     if not path.parent.resolve().is_relative_to(directory.resolve()):
         raise ValueError(f"{path} leads out of {directory}")
     return path
-
-
-def _sync(path: Path) -> None:
-    """Force a file's or a directory's content to disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # a directory cannot be opened there
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "pipelines": {"heads", "text", "fast", "weights"},
     "demo": {"heads", "weights", "pipelines", "text"},
     "embedding": {"fast", "model", "pipelines", "text", "weights"},
-    "training": {"heads", "model", "config"},
+    "training": {"heads", "model", "config", "weights"},
     "pretraining": {"training", "heads", "text", "model", "config", "fast", "weights", "terminal"},
     "finetuning": {"training", "pretraining", "heads", "text", "model", "config", "weights", "terminal"},
     "study": {"model", "heads", "inputs", "outputs", "config", "text", "weights", "terminal"},

@@ -385,3 +385,11 @@ def test_shards() -> None:
     assert list(checkpoint.shards(tensors, 1)) == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
     assert all(map(checkpoint.is_shard, [*checkpoint.shards(tensors, 1), "model.safetensors.index.json"]))
     assert not any(map(checkpoint.is_shard, ["pytorch_model.bin", "my-model.safetensors", "model.safetensors.bak"]))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_named(directory: Path, name: str):
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ValueError, match=rf"{name} is a pointer of Git LFS.*git lfs pull"):
+        minibert.BertModel.from_pretrained(directory)
