@@ -42,11 +42,13 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Settled:
-    """What a run goes by. settings: all of them. changes: a line for each that differs from the run's own before."""
+    """What a run goes by. settings: all of them. resumes: whether it goes on with what is there. changes: a line for
+    each setting that differs from the run's own before."""
 
     command: str
     settings: dict[str, Any]
-    changes: tuple[str, ...]
+    resumes: bool = False
+    changes: tuple[str, ...] = ()
 
 
 class RunDirectory:
@@ -102,7 +104,7 @@ class RunDirectory:
                 raise ValueError(
                     f"{self.path} already holds a run: give --resume to go on with it, or another --output"
                 )
-            return Settled(command, {**defaults, **given}, ())
+            return Settled(command, {**defaults, **given})
         record = self._read()
         if not record and not self.has_checkpoint:
             raise FileNotFoundError(f"nothing to resume in {self.path}: no {RECORD} and no {CHECKPOINT}")
@@ -119,7 +121,7 @@ class RunDirectory:
             f"{_option(name)} is {_shown(given[name])} from here on, and was {_shown(before.get(name))}"
             for name in different
         ]
-        return Settled(command, {**before, **given}, tuple(changes))
+        return Settled(command, {**before, **given}, True, tuple(changes))
 
     def record(self, settled: Settled) -> None:
         """Write the settings down."""
@@ -148,7 +150,11 @@ class RunDirectory:
 
     def is_made_of(self, name: str, sources: Mapping[str, Any]) -> bool:
         """Whether the derived file or directory `name` is there, made of these sources (hashes and settings)."""
-        return (self.path / name).exists() and self._read().get("derived", {}).get(name) == _as_json(sources)
+        return (self.path / name).exists() and self.sources_of(name) == _as_json(sources)
+
+    def sources_of(self, name: str) -> dict[str, Any] | None:
+        """What a derived file or directory was made of; None if nobody has said."""
+        return self._read().get("derived", {}).get(name)
 
     def made(self, name: str, sources: Mapping[str, Any]) -> None:
         """Write down what `name` was made of, once it is whole. What is made of it in turn has this in its hash."""
@@ -167,7 +173,7 @@ class RunDirectory:
         if not self.writes:
             return
         try:
-            with files.replacing(self.checkpoint) as partial, partial.open("wb") as file:
+            with self.held(), files.replacing(self.checkpoint) as partial, partial.open("wb") as file:
                 _torch_save(dict(state), file)
         except OSError as error:
             raise OSError(
@@ -248,15 +254,16 @@ class Stop(AbstractContextManager["Stop"]):
     """Within this context SIGTERM and SIGINT only ask to stop: `asked` becomes the signal's number.
 
     Who trains looks at it after a step; of several processes, at the sum over all of them, so that all stop at the
-    same step. In a thread, where Python cannot receive signals, it is never asked.
+    same step. In a thread, where Python cannot receive signals, it is never asked. May be entered within itself.
     """
 
     def __init__(self) -> None:
         self.asked = 0
-        self._before: dict[int, Any] = {}
+        self._depth, self._before = 0, {}
 
     def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -264,8 +271,10 @@ class Stop(AbstractContextManager["Stop"]):
         self.asked = number
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
 
 def exit_status(stopped_by: int) -> int:

@@ -182,7 +182,7 @@ def test_a_file_is_no_directory(tmp_path):
 def test_who_does_not_write_writes_nothing(tmp_path):
     other = RunDirectory(tmp_path / "run", writes=False)
     with other.held():
-        other.record(run.Settled("train", {}, ()))
+        other.record(run.Settled("train", {}))
         other.save({"step": 1})
         other.log({"step": 1})
         other.cut_metrics(1)
@@ -196,6 +196,9 @@ def test_signals_only_ask(number):
         assert not stop.asked
         os.kill(os.getpid(), number)
         assert stop.asked == number
+        with stop:
+            pass
+        os.kill(os.getpid(), number)  # still within the outer one
     assert signal.getsignal(number) == before
     assert exit_status(stop.asked) == 128 + number
     assert exit_status(0) == 0
