@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: .venv/.installed
 	$(BIN)/minibert demo
@@ -13,6 +13,9 @@ test: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: .venv/.installed-bench
 	$(BIN)/python benchmarks/throughput.py --shape full
@@ -36,6 +39,10 @@ clean:
 
 .venv/.installed-test: .venv/.checkpoints
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[test]
+	touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[docs]
 	touch $@
 
 .venv/.installed-bench: .venv/.installed
