@@ -1,17 +1,18 @@
-"""Labelled texts from files: CSV, TSV and JSON lines to classify, CoNLL to tag. Errors name the file and the line."""
+"""Records to examples: texts with a label, and pairs of texts that belong together."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-READERS = (".csv", ".tsv", ".jsonl", ".json")
+from minibert.finetuning.files import Layout, check_unicode, delimiter_of, find_column, header_of, read_records
+
+MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
+_LABELLED = ("label", "labels", "score", "similarity", "is_duplicate", "gold_label")  # as files of pairs name them
 
 
 @dataclass(frozen=True)
@@ -25,128 +26,205 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """places: FILE:LINE of each word."""
+class Pair:
+    """Two texts that belong together, and perhaps one that does not belong to the first."""
 
-    words: tuple[str, ...]
-    labels: tuple[str, ...]
-    places: tuple[str, ...]
+    text: str
+    text_pair: str
+    negative: str | None
+    place: str
 
 
-def read_texts(path: str | os.PathLike[str], problem_type: str) -> list[Text]:
-    """Read `text`, `text_pair` (optional) and `label` from the columns of a CSV or TSV file or from JSON lines.
+@dataclass(frozen=True)
+class Columns:
+    """What the columns are called; None: by the usual names, if they are there."""
 
-    For problem_type "regression" labels are numbers. For "multi_label_classification" they are names separated by
-    semicolons, or in JSON lists; none is allowed. Raises ValueError for what cannot be read.
+    text: str | None = None
+    label: str | None = None
+    pair: str | None = None
+    negative: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for field in fields(self) if (value := getattr(self, field.name)) is not None]
+        if len(set(given)) < len(given):
+            raise ValueError(f"two of the columns are the same: {', '.join(map(repr, given))}")
+
+
+def read_texts(
+    path: str | os.PathLike[str], problem_type: str, columns: Columns | None = None, layout: Layout | None = None
+) -> list[Text]:
+    """Read texts, their second texts (where there are) and labels: by default the columns text, text_pair and label.
+
+    For problem_type "regression" labels are finite numbers. For "multi_label_classification" they are names separated
+    by semicolons, or in JSON lists of names; none is allowed. Otherwise a label is a name or a whole number.
+
+    Raises ValueError with FILE:LINE for what cannot be read, for an empty text and for what is no label.
     """
-    path = Path(path)
-    if path.suffix not in READERS:
-        raise ValueError(f"{path}: must be a file of type {', '.join(READERS)}")
-    records = _json_records(path) if path.suffix.startswith(".json") else _csv_records(path)
+    path, columns, layout = Path(path), columns or Columns(), layout or Layout()
     texts = []
-    for place, record in records:
-        for name in ("text", "label"):
-            if record.get(name) is None:
-                raise ValueError(f"{place}: no {name!r}; there are {', '.join(map(repr, record)) or 'no fields'}")
-        for name in ("text", "text_pair"):
-            if not isinstance(record.get(name, ""), str):
-                raise ValueError(f"{place}: {name!r} must be a text, got {record[name]!r:.60}")
-        if not record["text"].strip():
-            raise ValueError(f"{place}: the text is empty")
-        texts.append(Text(record["text"], record.get("text_pair"), _label(record["label"], problem_type, place), place))
+    for place, record, names in _named(path, layout, _text_columns(columns)):
+        text = _text(record, names["text"], place)
+        pair = None if names["text_pair"] is None else _optional_text(record, names["text_pair"], place)
+        texts.append(Text(text, pair, _label(record[names["label"]], problem_type, place), place))
     if not texts:
         raise ValueError(f"{path}: no examples")
     return texts
 
 
-def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
-    """Read CoNLL: a word a line, its label in the last column, a blank line between sentences.
+def read_pairs(
+    path: str | os.PathLike[str], columns: Columns | None = None, layout: Layout | None = None
+) -> list[Pair]:
+    """Read pairs of texts that belong together: text and text_pair, or anchor and positive, and perhaps negative.
 
-    Lines that begin with -DOCSTART- are left out. Raises ValueError for a line without a label.
+    Raises ValueError with FILE:LINE for what cannot be read, for an empty text, and for a column of labels: a pair that
+    does not belong together must not be there.
     """
-    sentences: list[Sentence] = []
-    rows: list[tuple[str, str, str]] = []
+    path, columns, layout = Path(path), columns or Columns(), layout or Layout()
+    pairs = []
+    for place, record, names in _named(path, layout, _pair_columns(path, columns, layout)):
+        negative = None if names["negative"] is None else _optional_text(record, names["negative"], place)
+        text, pair = _text(record, names["text"], place), _text(record, names["text_pair"], place)
+        if negative == pair:
+            raise ValueError(f"{place}: the negative is the text that belongs to it: {pair!r:.60}")
+        pairs.append(Pair(text, pair, negative, place))
+    if not pairs:
+        raise ValueError(f"{path}: no examples")
+    return pairs
 
-    def finish() -> None:
-        if rows:
-            sentences.append(Sentence(*zip(*rows, strict=True)))
-            rows.clear()
 
-    for place, line in _lines(Path(path)):
-        columns = line.split()
-        if not columns:
-            finish()
-        elif columns[0] != "-DOCSTART-":
-            if len(columns) < 2:
-                raise ValueError(f"{place}: a word and its label are needed, got {line.strip()!r:.60}")
-            rows.append((columns[0], columns[-1], place))
-    finish()
-    if not sentences:
-        raise ValueError(f"{path}: no sentences")
-    return sentences
+def check_texts(path: Path, columns: Columns | None = None, layout: Layout | None = None) -> None:
+    """Raises ValueError if a table lacks a column that `read_texts` needs; looks at its first line only."""
+    _check_header(path, layout or Layout(), _text_columns(columns or Columns()))
+
+
+def check_pairs(path: Path, columns: Columns | None = None, layout: Layout | None = None) -> None:
+    """The same for `read_pairs`."""
+    _check_header(path, layout or Layout(), _pair_columns(path, columns or Columns(), layout or Layout()))
+
+
+def _text_columns(columns: Columns) -> dict[str, tuple[str, bool]]:
+    """What holds the parts of an example -> what that column is called, and whether it must be there."""
+    return {
+        "text": (columns.text or "text", True),
+        "text_pair": (columns.pair or "text_pair", columns.pair is not None),
+        "label": (columns.label or "label", True),
+    }
+
+
+def _pair_columns(path: Path, columns: Columns, layout: Layout) -> dict[str, tuple[str, bool]]:
+    names = header_of(path, layout)
+    if names is None:
+        names = list(next(read_records(path, layout), ("", {}))[1])
+    place = f"{path}:1"
+    usual = ("text", "text_pair") if find_column(names, "anchor", place) is None else ("anchor", "positive")
+    for name in _LABELLED:
+        found = find_column(names, name, place)
+        if found is not None and found not in (columns.text, columns.pair, columns.negative):
+            raise ValueError(
+                f"{place}: the column {found!r}: sentence pairs have no labels, every row is a pair that belongs "
+                "together; keep those rows, and leave out this column"
+            )
+    return {
+        "text": (columns.text or usual[0], True),
+        "text_pair": (columns.pair or usual[1], True),
+        "negative": (columns.negative or "negative", columns.negative is not None),
+    }
 
 
 def label_names(found: Iterable[str]) -> list[str]:
     """Each name once, in order: as numbers if all are whole numbers, "O" first."""
     names = set(found)
-    if all(name.lstrip("-").isdecimal() for name in names):
-        return sorted(names, key=int)
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
     return sorted(names, key=lambda name: (name != "O", name))
 
 
+# Columns
+
+
+def _named(
+    path: Path, layout: Layout, wanted: dict[str, tuple[str, bool]]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, str | None]]]:
+    """FILE:LINE, the record, and what the wanted columns are called in it (None: not there)."""
+    _check_header(path, layout, wanted)
+    for place, record in read_records(path, layout):
+        yield place, record, _find(record, wanted, place)
+
+
+def _find(record: dict[str, Any], wanted: dict[str, tuple[str, bool]], place: str) -> dict[str, str | None]:
+    names = {role: find_column(record, name, place) for role, (name, _) in wanted.items()}
+    for role, (name, required) in wanted.items():
+        if required and names[role] is None:
+            raise ValueError(f"{place}: no {name!r}; there are {', '.join(map(repr, record)) or 'no fields'}")
+    return names
+
+
+def _check_header(path: Path, layout: Layout, wanted: dict[str, tuple[str, bool]]) -> None:
+    """Raises ValueError where the first line of a table lacks a column, with what may be the reason."""
+    names = header_of(path, layout)
+    if names is None:
+        return
+    required = [name for name, needed in wanted.values() if needed]
+    if all(find_column(names, name, f"{path}:1") is not None for name in required):
+        return
+    what = "the first line must name the columns" if layout.header else "the columns have numbers, there must be"
+    hint = ""
+    for other in ",;\t|":
+        if other != delimiter_of(path, layout) and layout.header:
+            found = header_of(path, Layout(other)) or []
+            if all(find_column(found, name, f"{path}:1") is not None for name in required):
+                hint = f"; split at {other!r} it does: give --delimiter"
+    options = "" if hint else "; or say what they are called: --text-column, --label-column, --pair-column"
+    raise ValueError(f"{path}:1: {what} {' and '.join(required)}; got {names}{hint or options}")
+
+
+# Values
+
+
+def _text(record: dict[str, Any], name: str, place: str) -> str:
+    value = record[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {name!r} must be a text, got {value!r:.60}")
+    if not value.strip():
+        raise ValueError(f"{place}: the text is empty" + ("" if name == "text" else f" ({name!r})"))
+    return check_unicode(value, place, name)
+
+
+def _optional_text(record: dict[str, Any], name: str, place: str) -> str | None:
+    """None for null, and for an empty field of a table."""
+    value = record[name]
+    return None if value is None or value == "" else _text(record, name, place)
+
+
 def _label(value: Any, problem_type: str, place: str) -> str | float | tuple[str, ...]:
-    if problem_type == "regression":
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if isinstance(value, bool) or not math.isfinite(number):
-            raise ValueError(f"{place}: the label must be a number, got {value!r:.60}")
-        return number
-    if problem_type == "multi_label_classification":
-        values = value.split(";") if isinstance(value, str) else value
-        if not isinstance(values, list):
+    if problem_type == REGRESSION:
+        return _number(value, place)
+    if problem_type == MULTI_LABEL:
+        if isinstance(value, str):
+            return tuple(
+                dict.fromkeys(name for name in map(str.strip, value.split(";")) if name and _name(name, place))
+            )
+        if not isinstance(value, list):
             raise ValueError(f"{place}: labels must be a list, or names separated by semicolons; got {value!r:.60}")
-        return tuple(dict.fromkeys(name for name in (str(each).strip() for each in values) if name))
-    if isinstance(value, (list, dict)) or not (name := str(value).strip()):
-        raise ValueError(f"{place}: the label must be one name, got {value!r:.60}")
-    return name
+        return tuple(dict.fromkeys(_name(each, place) for each in value))
+    return _name(value, place)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """FILE:LINE and the line."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield f"{path}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8: {error}") from None
-
-
-def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for place, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place}: not JSON, one object a line is needed: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{place}: must be an object with text and label, got {line.strip()!r:.60}")
-        yield place, record
-
-
-def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = (line for _, line in _lines(path))
-    reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+def _number(value: Any, place: str) -> float:
     try:
-        header = [name.strip() for name in next(reader, [])]
-        if not {"text", "label"} <= set(header):
-            raise ValueError(f"{path}:1: the first line must name the columns text and label; got {header}")
-        for row in reader:
-            if row and len(row) != len(header):
-                raise ValueError(f"{path}:{reader.line_num}: {len(row)} fields, the first line names {len(header)}")
-            if row:
-                yield f"{path}:{reader.line_num}", dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+        number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or abs(number) > 3e38:  # what float32 holds
+        raise ValueError(f"{place}: the label must be a number, got {value!r:.60}")
+    return number
+
+
+def _name(value: Any, place: str) -> str:
+    """A label that is a name. A whole number is one; a truth value, a fraction, a list or nothing is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    # "nan" is what a missing number becomes when a table is written
+    if not isinstance(value, str) or not value.strip() or value.strip().lower() == "nan":
+        raise ValueError(f"{place}: the label must be one name, got {value!r:.60}; a whole number is one too")
+    return check_unicode(value.strip(), place, "label")

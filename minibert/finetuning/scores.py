@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 
@@ -34,37 +32,15 @@ def number_scores(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
     }
 
 
-def entity_scores(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Precision, recall and F1 over entities, which must be right in type and both ends, and the words' accuracy.
+def ranking_scores(similarity: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """Share of rows whose best column is right (accuracy), and the mean of 1 / rank of the best right one (mrr).
 
-    As the CoNLL shared tasks count (conlleval): an I- that continues nothing begins an entity.
+    similarity: (N, M), of each text to each candidate; right: (N, M) boolean, at least one in each row. A wrong
+    candidate that is as near as a right one counts as nearer.
     """
-    found = {(i, *entity) for i, labels in enumerate(predicted) for entity in entities(labels)}
-    wanted = {(i, *entity) for i, labels in enumerate(true) for entity in entities(labels)}
-    right, words = len(found & wanted), sum(map(len, true))
-    same = sum(a == b for ours, theirs in zip(predicted, true, strict=True) for a, b in zip(ours, theirs, strict=True))
-    return {
-        "precision": right / len(found) if found else 0.0,
-        "recall": right / len(wanted) if wanted else 0.0,
-        "f1": 2 * right / (len(found) + len(wanted)) if found or wanted else 0.0,
-        "accuracy": same / max(1, words),
-    }
-
-
-def entities(labels: Sequence[str]) -> list[tuple[int, int, str]]:
-    """First word, one past the last, and type of each entity in IOB1 or IOB2 labels."""
-    spans: list[tuple[int, int, str]] = []
-    open_kind = None  # of the entity that the word before belongs to
-    for i, label in enumerate(labels):
-        kind = label[2:] if label.startswith(("B-", "I-")) else label
-        if label == "O":
-            open_kind = None
-        elif kind == open_kind and not label.startswith("B-"):
-            spans[-1] = (spans[-1][0], i + 1, kind)
-        else:
-            spans.append((i, i + 1, kind))
-            open_kind = kind
-    return spans
+    best = np.where(right, similarity, -np.inf).max(1, keepdims=True)  # (N, 1)
+    ranks = 1 + ((similarity >= best) & ~right).sum(1)  # (N,)
+    return {"accuracy": float((ranks == 1).mean()), "mrr": float((1 / ranks).mean())}
 
 
 def _f1(predicted: np.ndarray, true: np.ndarray) -> float:

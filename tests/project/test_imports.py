@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "embedding": {"fast", "model", "pipelines", "text", "weights"},
     "training": {"heads", "model", "config", "weights"},
     "pretraining": {"training", "heads", "text", "model", "config", "fast", "weights", "terminal"},
-    "finetuning": {"training", "pretraining", "heads", "text", "model", "config", "weights", "terminal"},
+    "finetuning": {"terminal", "training", "pipelines", "embedding", "heads", "text", "model", "config", "weights"},
     "study": {"model", "heads", "inputs", "outputs", "config", "text", "weights", "terminal"},
     "parity": {"study", "model", "heads", "inputs", "outputs", "config", "text", "weights", "fast", "base", "terminal"},
 }
