@@ -1,24 +1,20 @@
-"""The tokenizer's files: vocab.txt and tokenizer.json into a WordPiece backend, and the settings beside them."""
+"""BERT's WordPiece as a backend of the `tokenizers` library: built from a vocabulary, copied, written as vocab.txt."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
-NAMED_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-CASING = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
-SETTINGS = (*NAMED_TOKENS, *CASING, "model_max_length", "padding_side", "truncation_side", "model_input_names",
-            "clean_up_tokenization_spaces", "extra_special_tokens", "added_tokens_decoder")  # fmt: skip
-# Tokenizer classes that read a vocab.txt as BERT does, so that their files may be opened as BERT's
-SAME_KIND = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
-
-Fetch = Callable[[str], Path | None]  # a file's name -> where it is, None if there is none
+# Begins the token that stands for an id which the vocabulary leaves out. No text holds it: NUL characters are cleaned
+# away before words are looked up.
+PLACEHOLDER = "\0"
+MOST_PLACEHOLDERS = 1 << 24
+_PLACEHOLDERS = re.compile(rf" ?{PLACEHOLDER}[0-9]+")
 
 
 def new_backend(vocab: str | os.PathLike[str] | Mapping[str, int] | None, unk_token: str) -> Tokenizer:
@@ -31,7 +27,7 @@ def new_backend(vocab: str | os.PathLike[str] | Mapping[str, int] | None, unk_to
         )
     if unk_token not in vocab:
         raise ValueError(f"the vocabulary of {len(vocab)} tokens lacks unk_token={unk_token!r}, which it must have")
-    backend = Tokenizer(WordPiece(dict(vocab), unk_token=unk_token))
+    backend = Tokenizer(WordPiece(without_gaps(vocab), unk_token=unk_token))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
@@ -49,6 +45,64 @@ def set_normalizer(backend: Tokenizer, do_lower_case: bool, strip_accents: bool 
         )
 
 
+def sharing(backend: Tokenizer) -> Tokenizer:
+    """A tokenizer of its own with the same vocabulary, which is not copied: it takes some 30 microseconds.
+
+    What one call needs set otherwise (truncation) is set on such a one. So `backend` never changes while others use it,
+    and calls from many threads, or from a process forked in the midst of one, need no lock.
+    """
+    own = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (value := getattr(backend, part)) is not None:
+            setattr(own, part, value)
+    own.encode_special_tokens = backend.encode_special_tokens
+    added = sorted(backend.get_added_tokens_decoder().items())
+    own.add_tokens([token for _, token in added])
+    return own
+
+
+def without_gaps(vocab: Mapping[str, int]) -> dict[str, int]:
+    """The vocabulary with a placeholder for each id that no token has, as where a vocab.txt has a line twice.
+
+    The backend numbers added tokens from the count of tokens on, and so must not find the last id taken. Raises
+    ValueError where two tokens have one id, and for a gap of millions.
+    """
+    by_id: dict[int, str] = {}
+    for token, index in vocab.items():
+        if by_id.setdefault(index, token) != token:
+            raise ValueError(f"vocab: {by_id[index]!r} and {token!r} have the same id {index}")
+    size = max(by_id, default=-1) + 1
+    if size - len(by_id) > MOST_PLACEHOLDERS:
+        raise ValueError(f"vocab: {len(by_id)} tokens with ids up to {size - 1}: ids must be numbered from 0 on")
+    return dict(vocab) | {f"{PLACEHOLDER}{i}": i for i in range(size) if i not in by_id}
+
+
+def close_gaps(backend: Tokenizer) -> Tokenizer:
+    """The tokenizer itself, or one like it with placeholders. ValueError where an added token has a taken id."""
+    vocab = backend.get_vocab(with_added_tokens=False)
+    filled = without_gaps(vocab)
+    tokens = {index: token for token, index in vocab.items()}
+    added = backend.get_added_tokens_decoder()
+    for index, token in added.items():
+        if tokens.get(index, token.content) != token.content:
+            raise ValueError(f"added token {token.content!r} has id {index}, which is that of {tokens[index]!r}")
+    if len(filled) == len(vocab):
+        return backend
+    model = backend.model
+    backend.model = WordPiece(
+        filled,
+        unk_token=model.unk_token,
+        max_input_chars_per_word=model.max_input_chars_per_word,
+        continuing_subword_prefix=model.continuing_subword_prefix,
+    )
+    return backend
+
+
+def without_placeholders(text: str) -> str:
+    """Decoded text without what stands for ids that no token has."""
+    return _PLACEHOLDERS.sub("", text) if PLACEHOLDER in text else text
+
+
 def read_vocab(path: str | os.PathLike[str]) -> dict[str, int]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"vocab: there is no file {os.fspath(path)!r}")
@@ -61,102 +115,8 @@ def read_vocab(path: str | os.PathLike[str]) -> dict[str, int]:
 def vocab_lines(backend: Tokenizer) -> str:
     """The text of a vocab.txt. An id without a token (a duplicate line in the original) becomes a blank line."""
     tokens = {index: token for token, index in backend.get_vocab(with_added_tokens=False).items()}
-    return "".join(f"{tokens.get(index, '')}\n" for index in range(max(tokens) + 1))
-
-
-def load(fetch: Fetch, explicit: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments that make a BertTokenizer of a model's files; None if there is no vocabulary among them."""
-    config = _read_json(fetch("tokenizer_config.json"))
-    if "added_tokens_decoder" not in config:  # where it is there, it has what the map would say
-        config |= _read_json(fetch("special_tokens_map.json"))
-    if config.get("model_max_length") is None:
-        config["model_max_length"] = config.get("max_len")  # its name in files of 2019
-    if config["model_max_length"] is None:
-        config["model_max_length"] = _read_json(fetch("config.json")).get("max_position_embeddings")
-    if path := fetch("tokenizer.json"):
-        found = _from_json(path, config, explicit)
-    elif path := fetch("vocab.txt"):
-        found = _from_vocab(path, config, fetch)
-    else:
-        return None
-    return found | _settings(config) | explicit
-
-
-def _from_json(path: Path, config: dict[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(backend.model, WordPiece):
-        raise ValueError(f"{path} holds a {type(backend.model).__name__} model; BERT's is WordPiece")
-    config.pop("added_tokens_decoder", None)  # tokenizer.json has them itself
-    found = {"tokenizer_object": backend, "unk_token": backend.model.unk_token}
-    normalizer = backend.normalizer
-    if isinstance(normalizer, normalizers.BertNormalizer):
-        return found | {
-            "do_lower_case": normalizer.lowercase,
-            "strip_accents": normalizer.strip_accents,
-            "tokenize_chinese_chars": normalizer.handle_chinese_chars,
-        }
-    if given := [name for name in CASING if name in explicit]:
-        raise ValueError(f"{', '.join(given)}: {path} normalizes text in a way of its own, which cannot be changed")
-    for name in CASING:
-        config.pop(name, None)
-    return found | {"do_lower_case": normalizer is not None and normalizer.normalize_str("A") == "a"}
-
-
-def _from_vocab(path: Path, config: dict[str, Any], fetch: Fetch) -> dict[str, Any]:
-    kind = str(config.get("tokenizer_class") or SAME_KIND[0])
-    if kind.removesuffix("Fast") not in SAME_KIND:
-        raise ValueError(f"tokenizer_class={kind}: its vocab.txt is not read as BERT's, so its ids would be wrong")
-    vocab = read_vocab(path)
-    added = {
-        int(index): AddedToken(**token) for index, token in (config.pop("added_tokens_decoder", None) or {}).items()
-    }
-    if not added:
-        special = {str(_token(config[name])) for name in NAMED_TOKENS if config.get(name)}
-        added = {
-            index: AddedToken(token, normalized=token not in special, special=token in special)
-            for token, index in _read_json(fetch("added_tokens.json")).items()
-        }
-    return {"vocab": vocab, "added_tokens_decoder": added, "do_lower_case": not _is_cased(vocab)}
-
-
-def _is_cased(vocab: Mapping[str, int]) -> bool:
-    """Whether at least one token in a hundred has a capital letter from A to Z, [CLS] and the like aside."""
-    capitals = sum(not token.startswith("[") and any("A" <= char <= "Z" for char in token) for token in vocab)
-    return 100 * capitals >= len(vocab)
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tokenizer_config.json says of the arguments of BertTokenizer; null counts as not said."""
-    settings = {name: config[name] for name in SETTINGS if config.get(name) is not None}
-    for name in NAMED_TOKENS:
-        if name in settings:
-            settings[name] = _token(settings[name])
-    extra = settings.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    extra = extra.values() if isinstance(extra, Mapping) else extra  # transformers 4 wrote them with names
-    return settings | {"extra_special_tokens": [_token(token) for token in extra]}
-
-
-def _token(value: str | Mapping[str, Any]) -> str | AddedToken:
-    """A special token as the files write it: a string, or a dict of an AddedToken's fields."""
-    if isinstance(value, str):
-        return value
-    fields = {name: value[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value}
-    return AddedToken(value["content"], special=True, **fields)
-
-
-def _read_json(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    lines = ["" if tokens[index].startswith(PLACEHOLDER) else tokens[index] for index in range(len(tokens))]
+    return "".join(f"{line}\n" for line in lines)
 
 
 # What decode's clean-up joins, in the order in which transformers does it

@@ -148,8 +148,8 @@ def test_add_tokens(minilm_dir):
     text = "a <m> Quux quux [E1] [MASK]"
     assert_same(ours(text), theirs(text))
     assert (len(ours), ours.vocab_size, ours.mask_token_id) == (len(theirs), theirs.vocab_size, theirs.mask_token_id)
-    with pytest.raises(ValueError, match=r"special_tokens_dict must be one of 'unk_token'.*got 'eos_token'"):
-        ours.add_special_tokens({"eos_token": "</s>"})
+    with pytest.raises(ValueError, match=r"special_tokens_dict must be one of 'bos_token'.*got 'end_token'"):
+        ours.add_special_tokens({"end_token": "</s>"})
 
 
 @pytest.mark.parametrize(
