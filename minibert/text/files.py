@@ -11,7 +11,7 @@ from tokenizers.models import WordPiece
 
 from minibert.checks import read_json
 from minibert.text.vocabulary import SPECIAL_TOKENS
-from minibert.text.wordpiece import read_vocab
+from minibert.text.wordpiece import new_backend, read_vocab
 
 CASING = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 SETTINGS = (*SPECIAL_TOKENS, *CASING, "model_max_length", "padding_side", "truncation_side", "model_input_names",
@@ -81,6 +81,22 @@ def _from_json(path: Path, config: dict[str, Any], explicit: Mapping[str, Any]) 
     for name in CASING:
         config.pop(name, None)
     return found | {"do_lower_case": normalizer is not None and normalizer.normalize_str("A") == "a"}
+
+
+def backend_from(
+    vocab: Any, vocab_file: Any, tokenizer_file: Any, tokenizer_object: Tokenizer | None, unk_token: str
+) -> Tokenizer:
+    """The backend that the constructor's arguments ask for, which cuts and pads nothing by itself."""
+    if sum(given is not None for given in (vocab, vocab_file, tokenizer_file, tokenizer_object)) > 1:
+        raise ValueError("give one of vocab, vocab_file, tokenizer_file and tokenizer_object, not several")
+    backend = tokenizer_object
+    if tokenizer_file is not None:
+        backend = read_backend(Path(tokenizer_file))
+    if backend is None:
+        backend = new_backend(vocab_file if vocab is None else vocab, unk_token)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def read_backend(path: Path) -> Tokenizer:

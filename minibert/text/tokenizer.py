@@ -108,19 +108,12 @@ class BertTokenizer(Vocabulary):
         self.split_special_tokens = split_special_tokens
         self.name_or_path = name_or_path
 
-        if sum(given is not None for given in (vocab, vocab_file, tokenizer_file, tokenizer_object)) > 1:
-            raise ValueError("give one of vocab, vocab_file, tokenizer_file and tokenizer_object, not several")
-        if tokenizer_file is not None:
-            tokenizer_object = files.read_backend(Path(tokenizer_file))
-        if tokenizer_object is None:
-            tokenizer_object = wordpiece.new_backend(vocab_file if vocab is None else vocab, str(unk_token))
-        tokenizer_object.no_truncation()
-        tokenizer_object.no_padding()
-        wordpiece.set_normalizer(tokenizer_object, do_lower_case, strip_accents, tokenize_chinese_chars)
+        backend = files.backend_from(vocab, vocab_file, tokenizer_file, tokenizer_object, str(unk_token))
+        wordpiece.set_normalizer(backend, do_lower_case, strip_accents, tokenize_chinese_chars)
         named = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "sep_token": sep_token,
                  "pad_token": pad_token, "cls_token": cls_token, "mask_token": mask_token}  # fmt: skip
         extra = extra_special_tokens if additional_special_tokens is None else additional_special_tokens
-        super().__init__(tokenizer_object, named, extra or (), added_tokens_decoder or {})
+        super().__init__(backend, named, extra or (), added_tokens_decoder or {})
 
     # Loading and saving
 
