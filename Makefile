@@ -18,8 +18,7 @@ docs: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: .venv/.installed-bench
-	$(BIN)/python benchmarks/throughput.py --shape full
-	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/inference.py --size base
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/parity.py
 	$(BIN)/python benchmarks/report.py

@@ -24,7 +24,7 @@ from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 STARTED = datetime.now().isoformat(timespec="minutes")  # of this run
-PEERS = ("torch", "transformers", "onnxruntime", "openvino", "ctranslate2", "sentence-transformers")
+PEERS = ("torch", "transformers", "onnxruntime", "openvino", "nncf", "sentence-transformers")
 _PAUSE = 0.01  # seconds between contenders: idle threads of the last one stop spinning
 
 
