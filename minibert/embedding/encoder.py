@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.checks import check_count
 from minibert.embedding import similarity, workers
 from minibert.embedding.modules import Dense, Pooling
 from minibert.embedding.repository import open_repository
@@ -20,7 +21,6 @@ from minibert.fast import optimize
 from minibert.fast.optimized import OptimizedModel
 from minibert.model import BertModel
 from minibert.pipelines import batches
-from minibert.pipelines.inputs import check_count
 from minibert.text.tokenizer import BertTokenizer
 from minibert.weights import hub
 

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from minibert.checks import check_count, check_text, shown
 from minibert.fast import optimize
-from minibert.pipelines.inputs import check_count, check_text, is_stream, place, shown
+from minibert.pipelines.items import is_stream, place
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
+from minibert.weights import hub
+from minibert.weights.pretrained import as_device, as_dtype, load_config
 
 # A batch's tokens, padding included. On a CPU larger batches are slower: they leave the caches and hold more padding.
 TOKENS_PER_BATCH = {"cpu": 512, "gpu": 16384}
 # Of a stream, so many items or characters are taken at a time, whichever is reached first
 STREAM_ITEMS, STREAM_CHARACTERS = 256, 1 << 20
 
-Answer = Callable[[nn.Module, BatchEncoding], Sequence[Any]]  # what computes, a padded batch -> one result a row
+# What computes, a padded batch, where in it each row lies without the padding -> one result a row
+Answer = Callable[[nn.Module, BatchEncoding, list[slice]], Sequence[Any]]
+# Arguments of transformers' pipelines that mean nothing for BERT, and are taken where they are None
+UNUSED = ("feature_extractor", "image_processor", "processor", "modelcard", "framework", "args_parser", "model_card")
+# A head of BERT's -> the classes that its files open as without loss
+HEADS: dict[str, tuple[str, ...]] = {
+    "BertForPreTraining": ("BertForMaskedLM", "BertForNextSentencePrediction"),
+    "BertForMaskedLM": (),
+    "BertForNextSentencePrediction": (),
+    "BertForSequenceClassification": (),
+    "BertForTokenClassification": (),
+    "BertForQuestionAnswering": (),
+    "BertForMultipleChoice": (),
+    "BertModel": (),
+}
+
 Rows = Mapping[str, list]  # columns (input_ids, token_type_ids ...), each a list of rows
 
 
@@ -29,12 +50,17 @@ class Pipeline:
     at a time, so memory stays bounded; where one of them is bad, those before it are answered first. With batch_size,
     that many are taken at a time.
 
-    The model is put in eval mode, and stays where it is. fast: compute on `optimize(model)`, which gives the same
-    numbers up to rounding; None, the default, does so for float32 models on a CPU, unless a ready model comes in train
-    mode. batch_size bounds the texts of a batch, whose tokens are bounded anyway. tokenizer_kwargs go to each call of
-    the tokenizer; a text of more tokens than the model has positions is a ValueError unless {"truncation": True} is
-    among them. progress: show a bar on standard error when a call takes longer than a moment; None, the default, does
-    so on a terminal. Calls may come from several threads.
+    The model is put in eval mode, and stays where it is unless a device is given. A PEFT model stands for the model in
+    it, adapters included. fast: compute on `optimize(model)`, which gives the same numbers up to rounding; None, the
+    default, does so for float32 models on a CPU, unless a ready model comes in train mode or `optimize` does not know
+    it (hooks, adapters, subclasses): then the model itself computes, and a warning says so once. batch_size bounds the
+    texts of a batch, whose tokens are bounded anyway. tokenizer_kwargs go to each call of the tokenizer; a text of more
+    tokens than the model has positions is a ValueError unless {"truncation": True} is among them. progress: show a bar
+    on standard error when a call takes longer than a moment; None, the default, does so on a terminal. num_workers is
+    taken for compatibility: the texts are tokenized in threads of their own anyway.
+
+    Calls may come from several threads. A pipeline can be pickled, for a spawned process or a Ray actor; the optimized
+    form is made anew there.
     """
 
     task: ClassVar[str]
@@ -50,16 +76,32 @@ class Pipeline:
         batch_size: int | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         progress: bool | None = None,
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        num_workers: int | None = None,
+        **unused: Any,
     ):
+        self._refuse({name: value for name, value in unused.items() if name not in UNUSED or value is not None})
+        model = _whole(model)
         if not isinstance(model, self.model_class):
             raise TypeError(f"{self.task} needs a {self.model_class.__name__}, got {type(model).__name__}")
+        if not isinstance(tokenizer, BertTokenizer):
+            raise TypeError(f"tokenizer must be a BertTokenizer, got {shown(tokenizer)}")
+        if as_dtype(dtype) not in (None, model.dtype):
+            raise ValueError(f"dtype={dtype}, but the model is in {model.dtype}: cast it with model.to(dtype)")
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        if num_workers is not None:
+            check_count("num_workers", num_workers, 0)
+        model = model if device is None else model.to(chosen_device(device))
+        self._insists = fast is True
         if fast is None:
             fast = not model.training and model.device.type == "cpu" and model.dtype == torch.float32
         self.model, self.tokenizer, self.fast = model.eval(), tokenizer, fast
         self.batch_size, self.progress = batch_size, progress
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
         self._optimized: tuple[list, nn.Module] | None = None
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
 
     def __repr__(self) -> str:
         path = ", fast" if self.fast else ""
@@ -67,28 +109,90 @@ class Pipeline:
             f"{type(self).__name__}(task={self.task!r}, model={type(self.model).__name__}, device={self.device}{path})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_optimized": None}
+
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    torch_dtype = dtype
 
     @property
     def runner(self) -> nn.Module:
         """What computes: the model, or its optimized form, made on first use and again when the model has changed."""
         if not self.fast:
             return self.model
-        # In-place changes count up a parameter's version; another place in memory is another parameter
-        state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in self.model.parameters()]
+        state = _state(self.model)
         with self._lock:
             if self._optimized is None or self._optimized[0] != state:
-                self._optimized = state, optimize(self.model)
+                self._optimized = state, self._optimize()
             return self._optimized[1]
+
+    def _optimize(self) -> nn.Module:
+        try:
+            return optimize(self.model)
+        except TypeError as error:  # what it does not know exactly, it would compute wrongly
+            if self._insists:
+                raise
+            warnings.warn(f"{self.task} computes on the plain model: {error}", stacklevel=6)
+            return self.model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write the model and its tokenizer to a directory that `pipeline` opens again; options: those of the model."""
+        self.model.save_pretrained(save_directory, **options)
+        self.tokenizer.save_pretrained(save_directory)
+
+    def predict(self, inputs: Any) -> Any:
+        """The same as a call, as scikit-learn names it."""
+        return self(inputs)
+
+    transform = predict
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """What the constructor takes beside model and tokenizer."""
+        own, common = _parameters(cls.__init__), _parameters(Pipeline.__init__)
+        return list(dict.fromkeys([*own, *common]))
+
+    def _refuse(self, unknown: Mapping[str, Any], allowed: Iterable[str] | None = None) -> None:
+        """Raise TypeError for an option that the task does not have; `allowed` are those of a call."""
+        for name in unknown:
+            if allowed is None:
+                allowed = self.options()
+            raise TypeError(f"{self.task} has no option {name!r}; it has {', '.join(allowed)}")
+
+    def _refuse_in_call(self, unknown: Mapping[str, Any]) -> None:
+        self._refuse(unknown, _parameters(type(self).__call__))
 
     # What the tasks fill in
 
     @classmethod
     def load(cls, name_or_path: Any, **where: Any) -> nn.Module:
-        """The model that the task needs, from a directory or the Hub."""
-        return cls.model_class.from_pretrained(name_or_path, **where)
+        """The model that the task needs, from a directory or the Hub.
+
+        Raises ValueError for one that was saved with another head, or with none: its answers would mean nothing.
+        """
+        source = hub.as_source(
+            name_or_path, **{key: where.pop(key) for key in _parameters(hub.Source.__init__) if key in where}
+        )
+        check_head(
+            cls.task,
+            cls.model_class.__name__,
+            load_config(cls.model_class.config_class, source, {}).architectures,
+            source.name,
+        )
+        model, report = cls.model_class.from_pretrained(source, output_loading_info=True, **where)
+        if new := report.named("newly initialised"):
+            raise ValueError(
+                f"{source.name} is not fine-tuned for {cls.task}: it lacks {', '.join(new)}, which would be random. To "
+                f"use it all the same, pass {cls.model_class.__name__}.from_pretrained(...) as model"
+            )
+        return model
 
     def _check(self, item: Any, name: str) -> Any:
         """One item as the task takes it. TypeError or ValueError for anything else, with `name`."""
@@ -106,7 +210,8 @@ class Pipeline:
 
     def _answer(self, inputs: Any, **options: Any) -> Any:
         """The result of one item, the list of those of several, or the generator of those of a stream."""
-        check_count("batch_size", 1 if (size := options.get("batch_size")) is None else size)
+        if (size := options.get("batch_size")) is not None:
+            check_count("batch_size", size)
         if self._is_one(inputs):
             return self._results([self._check(inputs, "inputs")], None, **options)[0]
         if is_stream(inputs):
@@ -174,17 +279,19 @@ class Pipeline:
             for numbers in batches(lengths, tokens, self.batch_size if batch_size is None else batch_size):
                 picked = {name: [column[number] for number in numbers] for name, column in rows.items()}
                 batch = self.tokenizer.pad(picked, return_tensors="pt").to(self.device)
+                width, left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
+                sizes = [lengths[number] for number in numbers]
+                spans = [slice(width - size, width) if left else slice(0, size) for size in sizes]
                 with torch.inference_mode():
-                    for number, result in zip(numbers, answer(runner, batch), strict=True):
+                    for number, result in zip(numbers, answer(runner, batch, spans), strict=True):
                         results[number] = result
                 bar.update(len(numbers))
         return results
 
 
-def rows_of(values: Tensor, batch: BatchEncoding) -> list[Any]:
-    """(B, T, ...) as one float32 array a row, without its padding (which is on the right or on the left)."""
-    masks = batch["attention_mask"].bool().cpu()
-    return [row[mask].numpy() for row, mask in zip(values.float().cpu(), masks, strict=True)]
+def rows_of(values: Tensor, spans: list[slice]) -> list[Any]:
+    """(B, T, ...) as one float32 array a row, without its padding."""
+    return [row[span].numpy() for row, span in zip(values.float().cpu(), spans, strict=True)]
 
 
 def batches(lengths: Sequence[int], tokens: int, batch_size: int | None) -> Iterator[list[int]]:
@@ -203,6 +310,78 @@ def batches(lengths: Sequence[int], tokens: int, batch_size: int | None) -> Iter
 def windows(length: int, room: int, overlap: int) -> list[tuple[int, int]]:
     """Where so many tokens are cut into parts of at most `room`, each repeating `overlap` of the one before."""
     return [(start, min(start + room, length)) for start in range(0, max(1, length - overlap), room - overlap)]
+
+
+def chosen_device(device: str | int | torch.device | None = None) -> torch.device:
+    """The device of that name, or the GPU of that number (-1: the CPU); for None a GPU if there is one, else the CPU.
+
+    Raises ValueError for one that torch does not know or that is not here.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif isinstance(device, int):
+        device = f"cuda:{device}" if device >= 0 else "cpu"
+    return as_device(device)
+
+
+def check_head(task: str, wanted: str, architectures: Sequence[str] | None, name: str) -> None:
+    """Raise ValueError where a model was saved with another head of BERT's than the one `wanted`."""
+    others = {head for head in HEADS if head != wanted and wanted not in HEADS[head]}
+    if architectures and wanted in HEADS and all(head in others for head in architectures):
+        raise ValueError(f"{task} needs a {wanted}, but {name} was saved as a {' and a '.join(architectures)}")
+
+
+def _whole(model: Any) -> Any:
+    """The model itself; for a PEFT model the one in it, which its adapters have changed in place."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise TypeError(f"{type(model).__name__}: its prompt lies outside of the model, where a pipeline does not look")
+    return model.get_base_model()
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """What the optimized form was made from: parameters by place and version, modules by kind and hooks.
+
+    A change in place counts up a parameter's version; another place in memory is another parameter.
+    """
+    state: list[Any] = [(p.data_ptr(), None if p.is_inference() else p._version) for p in model.parameters()]
+    for module in model.modules():
+        state.append((type(module), len(module._forward_hooks), len(module._forward_pre_hooks)))
+    return state
+
+
+def is_plain(model: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call is just the forward of `kind`, so that its parts may be called one by one."""
+    return type(model).forward is kind.forward and not (model._forward_hooks or model._forward_pre_hooks)
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """Names of a function's own options."""
+    parameters = inspect.signature(function).parameters.values()
+    skipped = ("self", "model", "tokenizer", "inputs", "name_or_path")
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in skipped]
+
+
+class ForkedLock:
+    """A lock that a child process, forked while a thread held it, does not find locked; it can be pickled."""
+
+    def __init__(self) -> None:
+        self._make()
+
+    def _make(self) -> None:
+        self._lock, self._process = threading.Lock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():
+            self._make()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return ForkedLock, ()
 
 
 def _texts(item: Any) -> Iterable[str]:

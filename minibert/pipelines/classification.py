@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minibert.checks import check_choice, check_count, check_text
 from minibert.heads import BertForSequenceClassification
 from minibert.pipelines.base import Pipeline
-from minibert.pipelines.inputs import Pair, as_pair, check_choice, check_count, check_pair, check_text
+from minibert.pipelines.items import Pair, as_pair, check_pair
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -18,6 +20,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda logits: logits.softmax(-1),
 }
+# What the tokenizer's call takes, by way of the pipeline's: truncation, max_length, ...
+TOKENIZER_OPTIONS = tuple(
+    name for name in inspect.signature(BertTokenizer.__call__).parameters if not name.startswith(("self", "text"))
+)
 UNSET = ""  # top_k=None means all labels, so that "not given" needs another value
 
 
@@ -40,14 +46,12 @@ class TextClassificationPipeline(Pipeline):
         *,
         top_k: int | str | None = UNSET,
         function_to_apply: str | None = None,
-        fast: bool | None = None,
-        batch_size: int | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
-        progress: bool | None = None,
-        **more_for_tokenizer: Any,
+        **options: Any,
     ):
-        kwargs = {**(tokenizer_kwargs or {}), **more_for_tokenizer}
-        super().__init__(model, tokenizer, fast=fast, batch_size=batch_size, tokenizer_kwargs=kwargs, progress=progress)
+        for_tokenizer = {name: options.pop(name) for name in TOKENIZER_OPTIONS if name in options}
+        kwargs = {**(tokenizer_kwargs or {}), **for_tokenizer}
+        super().__init__(model, tokenizer, tokenizer_kwargs=kwargs, **options)
         self.top_k = top_k if top_k in (UNSET, None) else check_count("top_k", top_k)
         self.function_to_apply = self._check_function(function_to_apply)
 
@@ -58,6 +62,7 @@ class TextClassificationPipeline(Pipeline):
         function_to_apply: str | None = None,
         *,
         batch_size: int | None = None,
+        num_workers: int | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         **more_for_tokenizer: Any,
     ) -> Any:
@@ -70,6 +75,7 @@ class TextClassificationPipeline(Pipeline):
 
         Raises TypeError for input of another kind, ValueError for a text of too many tokens.
         """
+        self._refuse_in_call({n: v for n, v in more_for_tokenizer.items() if n not in TOKENIZER_OPTIONS})
         results = self._answer(
             inputs,
             batch_size=batch_size,
@@ -82,6 +88,8 @@ class TextClassificationPipeline(Pipeline):
     def _check(self, item: Any, name: str) -> str | Pair:
         if isinstance(item, Mapping) and item.keys() == {"text"}:
             item = item["text"]
+        if isinstance(item, list) and len(item) == 1 and as_pair(item[0]):  # [["a", "b"]], as transformers had pairs
+            item = item[0]
         return check_pair(item, name) if isinstance(item, (tuple, list, Mapping)) else check_text(item, name)
 
     def _is_one(self, inputs: Any) -> bool:
@@ -98,7 +106,7 @@ class TextClassificationPipeline(Pipeline):
         batch_size: int | None,
         tokenizer_kwargs: Mapping[str, Any],
     ) -> list:
-        def answer(runner: nn.Module, batch: BatchEncoding) -> list:
+        def answer(runner: nn.Module, batch: BatchEncoding, _: list[slice]) -> list:
             scores = FUNCTIONS[function](runner(**batch).logits.float())  # (B, labels)
             return [self._named(row, top_k) for row in scores.tolist()]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minibert.heads import BertModel
+from minibert.model import BertModel
 from minibert.pipelines.base import Pipeline, rows_of
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
@@ -40,7 +40,7 @@ class FeatureExtractionPipeline(Pipeline):
 
     @classmethod
     def load(cls, name_or_path: Any, **where: Any) -> nn.Module:
-        return BertModel.from_pretrained(name_or_path, add_pooling_layer=False, **where)
+        return BertModel.from_pretrained(name_or_path, add_pooling_layer=False, **where)  # of any head's file
 
     def __call__(
         self,
@@ -50,12 +50,16 @@ class FeatureExtractionPipeline(Pipeline):
         tokenize_kwargs: Mapping[str, Any] | None = None,
         *,
         batch_size: int | None = None,
+        num_workers: int | None = None,
+        **unknown: Any,
     ) -> Any:
         """For one text nested lists of float, or with return_tensors a tensor, (1, T, D), special tokens included.
 
         For several texts a list of these. A model with a head gives the states of its encoder. tokenize_kwargs go to
-        the tokenizer. Raises TypeError for input that is no text, ValueError for too many tokens without truncation.
+        the tokenizer; with padding="max_length" or pad_to_multiple_of the states of padding are among the T. Raises
+        TypeError for input that is no text, ValueError for too many tokens without truncation.
         """
+        self._refuse_in_call(unknown)
         return self._answer(
             inputs,
             as_tensors=self.return_tensors if return_tensors is None else return_tensors,
@@ -72,12 +76,17 @@ class FeatureExtractionPipeline(Pipeline):
         tokenizer_kwargs: Mapping[str, Any],
         batch_size: int | None,
     ) -> list:
-        def answer(runner: nn.Module, batch: BatchEncoding) -> list:
-            rows = rows_of(runner(**batch).last_hidden_state, batch)
+        def answer(runner: nn.Module, batch: BatchEncoding, spans: list[slice]) -> list:
+            rows = rows_of(runner(**batch).last_hidden_state, spans)
             return [torch.from_numpy(row)[None] if as_tensors else [row.tolist()] for row in rows]
 
         return self._run(self._encode(texts, first, tokenizer_kwargs), answer, batch_size)
 
 
 def _for_tokenizer(truncation: bool | str | None, tokenize_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {**(tokenize_kwargs or {}), **({} if truncation is None else {"truncation": truncation})}
+    options = dict(tokenize_kwargs or {})
+    if truncation is None:
+        return options
+    if "truncation" in options:
+        raise ValueError("truncation is given twice, by itself and in tokenize_kwargs")
+    return {**options, "truncation": truncation}

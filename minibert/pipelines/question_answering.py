@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from minibert.checks import check_count, check_text, shown
 from minibert.heads import BertForQuestionAnswering
 from minibert.pipelines.base import Pipeline, rows_of, windows
-from minibert.pipelines.inputs import check_count, check_text, place, shown
+from minibert.pipelines.items import place
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 Pair = tuple[str, str]  # question, context
@@ -47,6 +48,9 @@ class SpanRules:
                 check_count(field.name, value, 0 if field.name == "doc_stride" else 1)
 
 
+RULES = tuple(field.name for field in fields(SpanRules))
+
+
 class QuestionAnsweringPipeline(Pipeline):
     """Where a context answers a question.
 
@@ -59,19 +63,17 @@ class QuestionAnsweringPipeline(Pipeline):
     model_class = BertForQuestionAnswering
     item = "a dict with question and context"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: BertTokenizer,
-        *,
-        fast: bool | None = None,
-        batch_size: int | None = None,
-        progress: bool | None = None,
-        **rules: Any,
-    ):
-        """rules: fields of SpanRules, the defaults of calls."""
-        super().__init__(model, tokenizer, fast=fast, batch_size=batch_size, progress=progress)
+    def __init__(self, model: nn.Module, tokenizer: BertTokenizer, **options: Any):
+        """options: those of every pipeline, and fields of SpanRules as the defaults of calls."""
+        rules = {name: options.pop(name) for name in RULES if name in options}
+        super().__init__(model, tokenizer, **options)
+        if self.tokenizer_kwargs:
+            self._refuse({"tokenizer_kwargs": self.tokenizer_kwargs})
         self.rules = self._checked(SpanRules(), rules)
+
+    @classmethod
+    def options(cls) -> list[str]:
+        return [*RULES, *(name for name in super().options() if name != "tokenizer_kwargs")]
 
     def __call__(
         self,
@@ -80,6 +82,7 @@ class QuestionAnsweringPipeline(Pipeline):
         *,
         question: str | Sequence[str] | None = None,
         batch_size: int | None = None,
+        num_workers: int | None = None,
         **rules: Any,
     ) -> Any:
         """For one question the best answer: a dict of its score, its start and end in the context, and its text. With
@@ -92,6 +95,8 @@ class QuestionAnsweringPipeline(Pipeline):
         Raises TypeError for input of another kind, ValueError for an empty question or context, and for a question that
         leaves no room for the context.
         """
+        unknown = {name: value for name, value in rules.items() if name not in RULES}
+        self._refuse(unknown, ["question", "context", "batch_size", *RULES])
         checked = self._checked(self.rules, rules)
         if question is not None or context is not None:
             if (inputs is None) == (question is None):
@@ -162,9 +167,9 @@ class QuestionAnsweringPipeline(Pipeline):
         return windows(length, room, overlap)
 
 
-def _span_logits(runner: nn.Module, batch: BatchEncoding) -> list[tuple[np.ndarray, np.ndarray]]:
+def _span_logits(runner: nn.Module, batch: BatchEncoding, spans: list[slice]) -> list[tuple[np.ndarray, np.ndarray]]:
     output = runner(**batch)
-    return list(zip(rows_of(output.start_logits, batch), rows_of(output.end_logits, batch), strict=True))
+    return list(zip(rows_of(output.start_logits, spans), rows_of(output.end_logits, spans), strict=True))
 
 
 def _best(

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from minibert.checks import check_choice, check_count, check_text, shown
 from minibert.heads import BertForTokenClassification
 from minibert.pipelines.base import Pipeline, rows_of, windows
-from minibert.pipelines.inputs import check_choice, check_count, check_text, place, shown
+from minibert.pipelines.items import place
 from minibert.text.tokenizer import BertTokenizer
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
@@ -55,13 +56,17 @@ class TokenClassificationPipeline(Pipeline):
         aggregation_strategy: str = "none",
         ignore_labels: Sequence[str] = ("O",),
         stride: int | None = None,
-        fast: bool | None = None,
-        batch_size: int | None = None,
-        progress: bool | None = None,
+        **options: Any,
     ):
-        super().__init__(model, tokenizer, fast=fast, batch_size=batch_size, progress=progress)
+        super().__init__(model, tokenizer, **options)
+        if self.tokenizer_kwargs:
+            self._refuse({"tokenizer_kwargs": self.tokenizer_kwargs})
         self.defaults = (aggregation_strategy, tuple(ignore_labels), stride)
         self._check_options(*self.defaults)
+
+    @classmethod
+    def options(cls) -> list[str]:
+        return [name for name in super().options() if name != "tokenizer_kwargs"]
 
     def __call__(
         self,
@@ -72,7 +77,10 @@ class TokenClassificationPipeline(Pipeline):
         *,
         is_split_into_words: bool = False,
         delimiter: str = " ",
+        offset_mapping: Sequence[Any] | None = None,
         batch_size: int | None = None,
+        num_workers: int | None = None,
+        **unknown: Any,
     ) -> Any:
         """For one text a list of dicts in reading order; for several texts a list of such lists.
 
@@ -85,10 +93,12 @@ class TokenClassificationPipeline(Pipeline):
         A text longer than the model takes is cut with a warning; with stride it is tagged in windows that overlap by so
         many tokens, and of entities that overlap the longer one stays. With is_split_into_words an input is a list of
         words, and start and end count in the words joined by `delimiter`; as in transformers, several inputs and one
-        both give a list of lists.
+        both give a list of lists. offset_mapping gives the start and end of each token, special tokens included, in
+        place of the tokenizer's, for one text or as a list for several: for texts that were changed before.
 
         Raises TypeError for input of another kind, ValueError for an unknown strategy or an impossible stride.
         """
+        self._refuse_in_call(unknown)
         given = (aggregation_strategy, ignore_labels and tuple(ignore_labels), stride)
         options = [default if value is None else value for value, default in zip(given, self.defaults, strict=True)]
         if ignore_labels is not None:
@@ -97,7 +107,8 @@ class TokenClassificationPipeline(Pipeline):
         if is_split_into_words and isinstance(inputs, (list, tuple)) and all(isinstance(word, str) for word in inputs):
             inputs = [inputs] if inputs else []
         joint = delimiter if is_split_into_words else None
-        return self._answer(inputs, options=options, joint=joint, batch_size=batch_size)
+        given_offsets = None if offset_mapping is None else _listed(offset_mapping, inputs)
+        return self._answer(inputs, options=options, joint=joint, given_offsets=given_offsets, batch_size=batch_size)
 
     def _check_options(self, strategy: str, ignored: Iterable[str], stride: int | None) -> None:
         check_choice("aggregation_strategy", strategy, STRATEGIES)
@@ -112,7 +123,14 @@ class TokenClassificationPipeline(Pipeline):
         return check_text(item, name)
 
     def _results(
-        self, items: list, first: int | None, *, options: list, joint: str | None, batch_size: int | None
+        self,
+        items: list,
+        first: int | None,
+        *,
+        options: list,
+        joint: str | None,
+        given_offsets: list[list[tuple[int, int]]] | None,
+        batch_size: int | None,
     ) -> list[list[Entity]]:
         for i, item in enumerate(items):
             if isinstance(item, str) != (joint is None):
@@ -128,13 +146,19 @@ class TokenClassificationPipeline(Pipeline):
         rows = [[cls, *ids[start:end], sep]
                 for ids, spans in zip(encoded["input_ids"], parts, strict=True) for start, end in spans]  # fmt: skip
         logits = iter(
-            self._run({"input_ids": rows}, lambda runner, batch: rows_of(runner(**batch).logits, batch), batch_size)
+            self._run(
+                {"input_ids": rows},
+                lambda runner, batch, spans: rows_of(runner(**batch).logits, spans),
+                batch_size,
+            )
         )
         results = []
         for i, (item, spans) in enumerate(zip(items, parts, strict=True)):
             offsets = encoded["offset_mapping"][i]
             if joint is not None:
                 item, offsets = _joined(item, offsets, encoded.word_ids(i), joint)
+            if given_offsets is not None:
+                offsets = _of_tokens(given_offsets[i], len(offsets), place(i, first))
             found = []
             for start, end in spans:
                 scores = _softmax(next(logits)[1:-1])
@@ -241,6 +265,24 @@ def _joined(
         position += len(word) + len(delimiter)
     moves = [0 if word is None else starts[word] for word in word_ids]
     return delimiter.join(words), [(start + m, end + m) for (start, end), m in zip(offsets, moves, strict=True)]
+
+
+def _listed(offset_mapping: Sequence[Any], inputs: Any) -> list[list[tuple[int, int]]]:
+    """The offsets of each input, as a list of lists."""
+    if not isinstance(inputs, (str, list, tuple)):
+        raise TypeError(f"offset_mapping is for one text or a list of them, not for {shown(inputs)}")
+    count = 1 if isinstance(inputs, str) else len(inputs)
+    is_single = bool(offset_mapping) and all(isinstance(n, int) for n in offset_mapping[0])
+    mappings = [list(offset_mapping)] if is_single else [list(each) for each in offset_mapping]
+    if len(mappings) != count:
+        raise ValueError(f"offset_mapping is of {len(mappings)} texts, but there are {count}")
+    return mappings
+
+
+def _of_tokens(offsets: list[tuple[int, int]], count: int, name: str) -> list[tuple[int, int]]:
+    if len(offsets) != count + 2:
+        raise ValueError(f"offset_mapping of {name} has {len(offsets)} pairs, but there are {count + 2} tokens")
+    return [(int(start), int(end)) for start, end in offsets[1:-1]]
 
 
 def _longest_of_overlapping(entities: list[Entity]) -> list[Entity]:

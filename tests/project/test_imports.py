@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "heads": {"activations", "base", "config", "inputs", "model", "outputs"},
     "text": {"weights"},
     "fast": {"model", "heads", "outputs", "inputs", "base", "config", "activations"},
-    "pipelines": {"heads", "text", "fast", "weights"},
+    "pipelines": {"base", "model", "heads", "text", "fast", "weights"},
     "demo": {"heads", "weights", "pipelines", "text"},
     "embedding": {"fast", "model", "pipelines", "text", "weights"},
     "training": {"heads", "model", "config", "weights"},

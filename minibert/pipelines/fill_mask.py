@@ -1,4 +1,4 @@
-"""The tasks of pretraining: the likeliest words at each [MASK], and whether one text follows another."""
+"""The likeliest words at each [MASK]."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minibert.heads import BertForMaskedLM, BertForNextSentencePrediction, NextSentence
-from minibert.pipelines.base import Pipeline
-from minibert.pipelines.inputs import Pair, as_pair, check_count, check_pair, check_text, place, shown
+from minibert.checks import check_count, check_text, shown
+from minibert.heads import BertForMaskedLM
+from minibert.pipelines.base import Pipeline, is_plain
+from minibert.pipelines.items import place
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 PROPOSAL = ("score", "token", "token_str", "sequence")  # the fields of an answer to fill-mask
@@ -37,6 +38,8 @@ class FillMaskPipeline(Pipeline):
         **options: Any,
     ):
         super().__init__(model, tokenizer, **options)
+        if tokenizer.mask_token is None:
+            raise ValueError("fill-mask needs a tokenizer with a mask_token")
         self.top_k, self.targets = self._check_top_k(top_k), targets
 
     def __call__(
@@ -46,7 +49,9 @@ class FillMaskPipeline(Pipeline):
         targets: str | Sequence[str] | None = None,
         *,
         batch_size: int | None = None,
+        num_workers: int | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        **unknown: Any,
     ) -> list:
         """For one text a list of dicts, best first: score (its probability), token (id), token_str, sequence.
 
@@ -58,6 +63,7 @@ class FillMaskPipeline(Pipeline):
         Raises TypeError for input that is no text, ValueError for a text without [MASK] or with too many tokens, for
         top_k outside of the vocabulary and for no targets.
         """
+        self._refuse_in_call(unknown)
         k = self.top_k if top_k is None else self._check_top_k(top_k)
         targets = self.targets if targets is None else targets
         target_ids = None if targets is None else self._target_ids(targets)
@@ -83,7 +89,7 @@ class FillMaskPipeline(Pipeline):
                     f"{place(i, first)} has no {self.tokenizer.mask_token}"
                     + (" left after truncation" if self.tokenizer.mask_token in texts[i] else f": {texts[i]!r:.80}")
                 )
-        return self._run(encoded, lambda runner, batch: self._fill(runner, batch, top_k, target_ids), batch_size)
+        return self._run(encoded, lambda runner, batch, _: self._fill(runner, batch, top_k, target_ids), batch_size)
 
     def _fill(self, runner: nn.Module, batch: BatchEncoding, top_k: int, target_ids: list[int] | None) -> list:
         masked = batch["input_ids"] == self.tokenizer.mask_token_id  # (B, T)
@@ -99,9 +105,11 @@ class FillMaskPipeline(Pipeline):
 
     def _logits(self, runner: nn.Module, batch: BatchEncoding, masked: Tensor) -> Tensor:
         """(M, V), the words' scores at the M masks in reading order, and nowhere else: most of the work is there."""
-        if self.fast:
+        if runner is not self.model:
             return runner(**batch, positions=masked).logits
-        return runner.cls(runner.bert(**batch).last_hidden_state[masked])  # (B, T, D) -> (M, D) -> (M, V)
+        if is_plain(self.model, BertForMaskedLM):
+            return runner.cls(runner.bert(**batch).last_hidden_state[masked])  # (B, T, D) -> (M, D) -> (M, V)
+        return runner(**batch).logits[masked]  # (B, T, V) -> (M, V)
 
     def _propose(self, ids: list[int], answers: Iterator[tuple[list[float], list[int]]]) -> list:
         """The answers for one text, which takes those of its masks from `answers`: a list, or one a mask if several."""
@@ -139,71 +147,3 @@ class FillMaskPipeline(Pipeline):
         if not found:
             raise ValueError(f"targets must name at least one word of the vocabulary, got {targets!r}")
         return list(found)
-
-
-class NextSentencePipeline(Pipeline):
-    """Does the second text follow the first?
-
-    >>> next_sentence = pipeline("next-sentence-prediction", "bert-base-uncased")
-    >>> next_sentence("He opened the door.", "Nobody was there.")
-    {'label': 'IS_NEXT', 'score': 0.99, 'probabilities': {'IS_NEXT': 0.99, 'NOT_NEXT': 0.01}}
-    """
-
-    task = "next-sentence-prediction"
-    model_class = BertForNextSentencePrediction
-    item = "a pair (text, text_pair)"
-
-    def __call__(
-        self,
-        inputs: Any,
-        text_pair: str | Sequence[str] | None = None,
-        *,
-        batch_size: int | None = None,
-        tokenizer_kwargs: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any] | list[dict[str, Any]]:
-        """For one pair a dict: label (of NextSentence), its score, and the probabilities of both labels by name.
-
-        A pair is two arguments, a tuple (text, text_pair), or a dict with these keys; several are a list of them, or
-        two lists, and give a list. Raises TypeError for input that is no pair, ValueError for one of too many tokens.
-        """
-        if text_pair is not None:
-            inputs = _zipped(inputs, text_pair)
-        return self._answer(inputs, batch_size=batch_size, tokenizer_kwargs=tokenizer_kwargs)
-
-    def _check(self, item: Any, name: str) -> Pair:
-        return check_pair(item, name)
-
-    def _is_one(self, inputs: Any) -> bool:
-        return as_pair(inputs) is not None and not isinstance(inputs, list)  # ["a", "b"] could also be two texts
-
-    def _results(
-        self,
-        pairs: list[Pair],
-        first: int | None,
-        *,
-        batch_size: int | None,
-        tokenizer_kwargs: Mapping[str, Any] | None,
-    ) -> list[dict[str, Any]]:
-        return self._run(self._encode(pairs, first, tokenizer_kwargs), self._judge, batch_size)
-
-    def _judge(self, runner: nn.Module, batch: BatchEncoding) -> list[dict[str, Any]]:
-        rows = runner(**batch).logits.float().softmax(-1).tolist()  # (B, 2)
-        results = []
-        for row in rows:
-            probabilities = {label.name: row[label] for label in NextSentence}
-            label = max(probabilities, key=probabilities.__getitem__)
-            results.append({"label": label, "score": probabilities[label], "probabilities": probabilities})
-        return results
-
-
-def _zipped(texts: Any, text_pairs: Any) -> Pair | list[Pair]:
-    """Two texts as a pair, or two lists of texts as a list of pairs."""
-    if isinstance(texts, str) and isinstance(text_pairs, str):
-        return texts, text_pairs
-    for name, value in (("inputs", texts), ("text_pair", text_pairs)):
-        if not isinstance(value, (str, list, tuple)):
-            raise TypeError(f"{name} must be a str or a list of str, got {shown(value)}")
-    if isinstance(texts, str) or isinstance(text_pairs, str) or len(texts) != len(text_pairs):
-        counts = [1 if isinstance(value, str) else len(value) for value in (texts, text_pairs)]
-        raise ValueError(f"inputs has {counts[0]} texts and text_pair {counts[1]}: give both alone or as lists")
-    return list(zip(texts, text_pairs, strict=True))
