@@ -1,54 +1,46 @@
-"""Is a fine-tuned encoder better than a bag of words? A small task built from real text, several seeds.
+"""Is the fine-tuned encoder better than something simple? Three small tasks built from real text, several seeds.
 
-The task: half of a sentence is given, without capitals and punctuation; is it the first half or the second? Words alone
-say something about it, their order says more. Sentences to learn from are of the corpus, others of its validation part:
-some choose the epoch, or the strength of weight decay, the rest are the test. All contenders see the same examples.
+halves: half of a sentence is given, without capitals and punctuation; is it the first half or the second? Words alone
+say something about it, their order says more. Sentences to learn from are of the corpus, others of its validation part.
 
-    python benchmarks/finetune.py [--model NAME] [--corpus ../shared/corpus] [--seeds 3]
+questions: two sentences of the encyclopedia about two people; when was one of them born, when did they die, what were
+they? A quarter of the questions is about somebody else and has no answer. Learnt from some people, tested on others.
+
+definitions: which words does a definition define, among all those of the test? Learnt from the corpus's dictionary
+entries, tested on those of its validation part, by the vectors' cosines.
+
+Some of the examples held out choose the epoch, the rest are the test. All contenders see the same examples.
+
+    python benchmarks/finetune.py [--task halves questions definitions] [--model NAME] [--corpus DIR] [--seeds 3]
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import lzma
-import random
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import common
+import finetune_data as data
+import numpy as np
 import torch
+from finetune_data import Example
 from torch import Tensor, nn
 
-from minibert import cli
+from minibert import SentenceEncoder, cli
+from minibert.finetuning.answers import answer_scores
+from minibert.finetuning.scores import ranking_scores
 from minibert.pipelines import pipeline
 from minibert.weights import hub
 
-Example = tuple[str, str]  # text, label
-WORDS = (12, 40)  # of a sentence
-LINES = 200_000  # of a part of the corpus to choose from
-
-
-def halves(path: Path, count: int, seed: int) -> list[Example]:
-    """One half each of `count` sentences of a corpus file, as many first as second halves."""
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        lines = [line for _, line in zip(range(LINES), file, strict=False)]
-    draw = random.Random(seed)
-    draw.shuffle(lines)
-    examples: list[Example] = []
-    for line in lines:
-        words = re.findall(r"[a-z']+", line.lower())
-        if line.strip().endswith(".") and WORDS[0] <= len(words) <= WORDS[1]:
-            first = len(examples) % 2 == 0
-            half = words[: len(words) // 2] if first else words[len(words) // 2 :]
-            examples.append((" ".join(half), "first" if first else "second"))
-        if len(examples) == count:
-            return examples
-    raise ValueError(f"{path} has {len(examples)} suitable sentences in its first {LINES} lines, not {count}")
+Found = dict[str, dict[str, list[float]]]  # contender -> score -> one value a seed
 
 
 def features(text: str, longest: int) -> set[str]:
@@ -87,54 +79,163 @@ def bag_of_words(train: list[Example], validation: list[Example], test: list[Exa
     return best[1]
 
 
+def write_table(path: Path, header: Example, examples: list[Example]) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *examples])
+    return path
+
+
 def finetuned(
-    model: str, train: list[Example], validation: list[Example], test: list[Example], options: list[str]
-) -> float:
-    """Accuracy of what `minibert finetune` writes: the model of its best epoch."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, examples in (("train", train), ("validation", validation)):
-            with open(f"{folder}/{name}.csv", "w", newline="") as file:
-                csv.writer(file).writerows([("text", "label"), *examples])
-        files = ["--train", f"{folder}/train.csv", "--validation", f"{folder}/validation.csv"]
-        command = ["finetune", "--task", "classification", *files, "--model", model, "--output", f"{folder}/run"]
-        if cli.main([*command, *options]):
-            raise RuntimeError("minibert finetune failed")
-        answers = pipeline("text-classification", f"{folder}/run/model")([text for text, _ in test])
-    return mean(answer["label"] == label for answer, (_, label) in zip(answers, test, strict=True))
+    task: str,
+    files: dict[str, Path],
+    arguments: argparse.Namespace,
+    score: Callable[[Path], dict[str, float]],
+    options: list[str],
+) -> dict[str, list[float]]:
+    """The scores of what `minibert finetune` writes, the model of its best epoch, for each seed."""
+    found: dict[str, list[float]] = {}
+    for seed in range(arguments.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            given = {"task": task, "model": arguments.model, "output": f"{folder}/run", "seed": seed, **files}
+            given |= {"epochs": arguments.epochs, "learning-rate": arguments.learning_rate}
+            if cli.main(["finetune", *(part for n, v in given.items() for part in (f"--{n}", str(v))), *options]):
+                raise RuntimeError("minibert finetune failed")
+            for name, value in score(Path(folder) / "run" / "model").items():
+                found.setdefault(name, []).append(value)
+    return found
+
+
+# Halves
+
+
+def halves(arguments: argparse.Namespace, folder: Path) -> tuple[str, Found]:
+    train = data.halves(arguments.corpus / "train.txt.xz", arguments.train, 0)
+    held_out = data.halves(arguments.corpus / "validation.txt.xz", arguments.validation + arguments.test, 1)
+    validation, test = held_out[: arguments.validation], held_out[arguments.validation :]
+    files = {name: write_table(folder / f"{name}.csv", ("text", "label"), examples)
+             for name, examples in (("train", train), ("validation", validation))}  # fmt: skip
+
+    def score(model: Path) -> dict[str, float]:
+        answers = pipeline("text-classification", model)([text for text, _ in test])
+        right = [answer["label"] == label for answer, (_, label) in zip(answers, test, strict=True)]
+        return {"accuracy": mean(right)}
+
+    return "halves of sentences", {
+        "majority": {"accuracy": [max(Counter(label for _, label in test).values()) / len(test)]},
+        "bag of words": {"accuracy": [bag_of_words(train, validation, test, 1)]},
+        "bag of words and pairs": {"accuracy": [bag_of_words(train, validation, test, 2)]},
+        "minibert finetune": finetuned("classification", files, arguments, score, []),
+    }
+
+
+# Questions
+
+
+def questions(arguments: argparse.Namespace, folder: Path) -> tuple[str, Found]:
+    persons = data.people(arguments.corpus / "train.txt.xz")
+    kept = len(persons) * 3 // 4
+    train = data.questions(persons[:kept], arguments.train, 0)
+    held_out = data.questions(persons[kept:], arguments.validation + arguments.test, 1)
+    validation, test = held_out[: arguments.validation], held_out[arguments.validation :]
+    files = {name: data.write_json_lines(folder / f"{name}.jsonl", examples)
+             for name, examples in (("train", train), ("validation", validation))}  # fmt: skip
+    right = [[answer["text"] for answer in each["answers"]] for each in test]
+
+    def score(model: Path) -> dict[str, float]:
+        ask = pipeline("question-answering", model, handle_impossible_answer=True)
+        answers = ask([{"question": each["question"], "context": each["context"]} for each in test])
+        return answer_scores([answer["answer"] for answer in answers], right)
+
+    def listed(scores: dict[str, float]) -> dict[str, list[float]]:
+        return {name: [value] for name, value in scores.items()}
+
+    return "questions about people", {
+        "never an answer": listed(answer_scores([""] * len(test), right)),
+        "first year of the passage": listed(answer_scores([_first_year(each["context"]) for each in test], right)),
+        "first year of the sentence most alike": listed(answer_scores([_overlap(each) for each in test], right)),
+        "minibert finetune": finetuned("question-answering", files, arguments, score, ["--doc-stride", "32"]),
+    }
+
+
+def _first_year(text: str) -> str:
+    return found[0] if (found := re.search(r"\d{4}", text)) else ""
+
+
+def _overlap(question: dict[str, Any]) -> str:
+    """The first year in the sentence that has most words of the question; nothing where it has none but "was"."""
+    asked = set(re.findall(r"\w+", question["question"].lower())) - {"when", "what", "was", "did", "born", "die"}
+    sentences = re.split(r"(?<=\.) ", question["context"])
+    best = max(sentences, key=lambda sentence: len(asked & set(re.findall(r"\w+", sentence.lower()))))
+    return _first_year(best) if asked & set(re.findall(r"\w+", best.lower())) else ""
+
+
+# Definitions
+
+
+def definitions(arguments: argparse.Namespace, folder: Path) -> tuple[str, Found]:
+    train = data.definitions(arguments.corpus / "train.txt.xz", arguments.pairs, 0)
+    held_out = data.definitions(arguments.corpus / "validation.txt.xz", 1000, 1)
+    validation, test = held_out[:300], held_out[300:]
+    files = {name: write_table(folder / f"{name}.csv", ("text", "text_pair"), pairs)
+             for name, pairs in (("train", train), ("validation", validation))}  # fmt: skip
+
+    def score(model: Path | str) -> dict[str, float]:
+        encoder = SentenceEncoder.from_pretrained(model)
+        first, second = (encoder.encode([pair[side] for pair in test], normalize=True) for side in (0, 1))
+        return ranking_scores(first @ second.T, np.eye(len(test), dtype=bool))
+
+    def listed(scores: dict[str, float]) -> dict[str, list[float]]:
+        return {name: [value] for name, value in scores.items()}
+
+    return f"definitions to words, {len(test)} candidates", {
+        "words in common (tf-idf)": listed(tf_idf(train, test, analyzer="word")),
+        "letters in common (tf-idf)": listed(tf_idf(train, test, analyzer="char_wb", ngram_range=(3, 5))),
+        "the model before, mean pooling": listed(score(arguments.model)),
+        "minibert finetune": finetuned("sentence-pairs", files, arguments, score, ["--batch-size", "64"]),
+    }
+
+
+def tf_idf(train: list[Example], test: list[Example], **options: Any) -> dict[str, float]:
+    """Cosines of tf-idf vectors, with the frequencies of all texts but the test's."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, **options).fit([text for pair in train for text in pair])
+    first, second = (vectorizer.transform([pair[side] for pair in test]) for side in (0, 1))
+    return ranking_scores((first @ second.T).toarray(), np.eye(len(test), dtype=bool))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a directory or a name on the Hub; default: the bundled model")
+    tasks = {"halves": halves, "questions": questions, "definitions": definitions}
+    parser.add_argument("--task", nargs="+", choices=tasks, default=list(tasks))
+    parser.add_argument("--model", default=hub.default_model(), help="a directory or a name on the Hub")
     parser.add_argument("--corpus", type=Path, default=Path(__file__).parents[2] / "shared" / "corpus")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", type=int, default=3000, help="examples")
     parser.add_argument("--validation", type=int, default=1000, help="examples")
     parser.add_argument("--test", type=int, default=2000, help="examples")
-    parser.add_argument("--epochs", default="3")
-    parser.add_argument("--learning-rate", default="3e-4")
+    parser.add_argument("--pairs", type=int, default=10000, help="definitions to learn from")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     arguments = parser.parse_args()
-    train = halves(arguments.corpus / "train.txt.xz", arguments.train, 0)
-    held_out = halves(arguments.corpus / "validation.txt.xz", arguments.validation + arguments.test, 1)
-    validation, test = held_out[: arguments.validation], held_out[arguments.validation :]
-    options = ["--epochs", arguments.epochs, "--learning-rate", arguments.learning_rate]
-    found = {
-        "majority": [max(Counter(label for _, label in test).values()) / len(test)],
-        "bag of words": [bag_of_words(train, validation, test, 1)],
-        "bag of words and pairs": [bag_of_words(train, validation, test, 2)],
-        "minibert finetune": [
-            finetuned(arguments.model or hub.default_model(), train, validation, test, [*options, "--seed", str(seed)])
-            for seed in range(arguments.seeds)
-        ],
-    }
-    shape = f"{len(train)} halves of sentences to learn from, {len(validation)} to choose by, {len(test)} to test on"
+    for task in arguments.task:
+        with tempfile.TemporaryDirectory() as folder:
+            what, found = tasks[task](arguments, Path(folder))
+        learnt = arguments.pairs if task == "definitions" else arguments.train
+        report(f"{what}, {learnt} to learn from", found)
+
+
+def report(shape: str, found: Found) -> None:
+    """Print each score with its spread, and add it to the results."""
     table = []
-    for name, accuracies in found.items():
-        spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
-        print(f"{name:24} {mean(accuracies):.4f} +- {spread:.4f}  {accuracies}")
-        table.append({**common.machine(), "benchmark": "finetune", "shape": shape, "contender": name,
-                      "seeds": len(accuracies), "accuracy": round(mean(accuracies), 4), "spread": round(spread, 4),
-                      "lowest": round(min(accuracies), 4), "highest": round(max(accuracies), 4)})  # fmt: skip
+    for contender, scores in found.items():
+        for score, values in scores.items():
+            spread = stdev(values) if len(values) > 1 else 0.0
+            print(f"{contender:40} {score:24} {mean(values):8.4f} +- {spread:.4f}  {values}")
+            table.append({**common.machine(), "benchmark": "finetune", "shape": shape, "contender": contender,
+                          "seeds": len(values), "score": score, "mean": round(mean(values), 4),
+                          "spread": round(spread, 4), "lowest": round(min(values), 4),
+                          "highest": round(max(values), 4)})  # fmt: skip
     common.append(table, common.RESULTS / "finetune.csv")
 
 

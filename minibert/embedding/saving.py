@@ -10,6 +10,7 @@ from typing import Any
 from minibert.embedding.encoder import SentenceEncoder
 from minibert.embedding.modules import _OLD_KEYS, Normalize
 from minibert.model import BertModel
+from minibert.weights import files
 
 _PACKAGE = "sentence_transformers.models"  # the names of 2019, which all its versions know
 
@@ -63,4 +64,4 @@ def _pooling_config(encoder: SentenceEncoder) -> dict[str, Any]:
 
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minibert import terminal
-from minibert.finetuning.options import ALIASES, PROBLEMS, TASKS, FineTuneSettings, Request
+from minibert.finetuning.options import ALIASES, LEAST_BATCH, PROBLEMS, TASKS, FineTuneSettings, Request
 from minibert.finetuning.schemes import CHOICES
 
 if TYPE_CHECKING:  # torch takes its time: the command line must not wait for it to print its help
@@ -148,11 +148,9 @@ def prepare(
     for source, encoded in zip(sources, rows, strict=True):
         cut = f", {encoded.cut:,} of them cut to {length} tokens" if encoded.cut else ""
         terminal.notice(arguments, f"{source}: {len(encoded.examples):,} examples{cut}")
-    if task.problem_type:
+    if labels is not None or task.problem_type is not None:
         shown = "numbers" if labels is None else ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "")
         terminal.notice(arguments, f"labels: {shown}")
-    elif labels is not None:
-        terminal.notice(arguments, f"labels: {', '.join(labels[:20])}{' ...' if len(labels) > 20 else ''}")
     for line in (task.describe(), f"head: {start.head}"):
         if line is not None:
             terminal.notice(arguments, line)
@@ -198,7 +196,10 @@ def _required(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _parts(values: dict[str, Any]) -> tuple[Request, FineTuneSettings]:
     """Both, checked. Raises ValueError."""
-    return tuple(
-        kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+    request, settings = (
+        kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
         for kind in (Request, FineTuneSettings)
     )
+    if settings.batch_size < (least := LEAST_BATCH.get(request.task, 1)):
+        raise ValueError(f"batch_size is {settings.batch_size}, but must be at least {least} for --task {request.task}")
+    return request, settings

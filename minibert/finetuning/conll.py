@@ -19,6 +19,7 @@ _BOUNDARY = "-DOCSTART-"
 _SPACE = " \t\r\n"  # str.strip() would take no-break spaces for white space too, which are parts of words
 _COMMENT = re.compile(r"#(\s|$|#|begin document|end document)")
 _BEGINNINGS = {"{": "JSON", "[{": "JSON", '["': "JSON", "<?": "XML", "<!": "HTML", "<html": "HTML"}
+_HEADINGS = {"label", "labels", "tag", "tags", "ner", "ner_tag", "ner_tags", "ne", "pos", "pos_tag", "upos"}
 _SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".xml", ".html")
 
 
@@ -132,6 +133,9 @@ def _check_columns(
         raise ValueError(f"{path}: the first of {width} columns counts the words, as in CoNLL-U; {hint}")
     if default_word and width > 2 and len(rows) >= 10 and len({row.columns[word] for row in rows}) == 1:
         raise ValueError(f"{path}: the first of {width} columns is the same everywhere, as in CoNLL-2012; {hint}")
+    first = rows[0].columns[label]
+    if first.casefold() in _HEADINGS and all(row.columns[label] != first for row in rows[1:]):
+        raise ValueError(f"{rows[0].place}: this line seems to name the columns; leave it out, CoNLL has no such line")
     if default_word or default_label:
         words, labels = ({row.columns[column] for row in rows} for column in (word, label))
         if _are_labels(words) and not _are_labels(labels):

@@ -54,8 +54,6 @@ class FineTuning:
             progress,
         )
         s = self.settings
-        if s.batch_size < task.least_batch:
-            raise ValueError(f"batch_size is {s.batch_size}, but must be at least {task.least_batch} for this task")
         self.optimizer = make_optimizer(model, s.learning_rate, s.weight_decay, (0.9, 0.999), 1e-6)
         self.epoch_steps = -(-len(train) // s.batch_size)
         self.steps = s.epochs * self.epoch_steps

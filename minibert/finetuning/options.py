@@ -18,6 +18,7 @@ PROBLEMS = ("single_label_classification", "multi_label_classification", "regres
 TASKS = ("classification", "tagging", "question-answering", "sentence-pairs")
 ALIASES = {"text-classification": "classification", "token-classification": "tagging", "ner": "tagging",
            "qa": "question-answering", "squad": "question-answering"}  # fmt: skip
+LEAST_BATCH = {"sentence-pairs": 2}  # the others of a batch are what a text is told from
 # The tasks that an option is for
 _FOR = {
     "problem_type": ("classification",),
@@ -107,10 +108,12 @@ class Request:
             if not path.is_file():
                 what = "a directory, not a file" if path.is_dir() else "no such file"
                 raise FileNotFoundError(f"{path}: {what}")
-            if "delimiter" in _FOR and self.task in _FOR["delimiter"]:
+            if self.task in _FOR["delimiter"]:
                 check_kind(path, self.layout)
         if self.task == "tagging":
-            self.word_column, self.tag_column  # noqa: B018
+            _ = self.word_column, self.tag_column  # raise for what is no number
+        else:
+            _ = self.columns
 
     @property
     def files(self) -> list[Path]:

@@ -44,7 +44,6 @@ class SentencePairs(Task):
     """Vectors of texts, learnt from pairs that belong together. Equal texts are no negatives of each other."""
 
     model_class = BertModel
-    least_batch = 2  # the others of a batch are what a text is told from
     best = "mrr"
     encoder: SentenceEncoder  # what is trained; set before rows are encoded
 

@@ -46,7 +46,6 @@ class Task:
     """One kind of fine-tuning. `best` is the score by which the best epoch is chosen; higher is better."""
 
     model_class: ClassVar[type[nn.Module]]
-    least_batch: ClassVar[int] = 1
     problem_type: str | None = None
     best: str
 

@@ -98,6 +98,8 @@ def test_columns_by_number(tmp_path):
         ("0\ta\tO\n1\tb\tB-X\n", "the first of 3 columns counts the words"),
         ("bc/a 0 w O\n" * 5 + "\n" + "bc/a 0 v B-X\n" * 5, "the first of 4 columns is the same everywhere"),
         ("B-X\tfive\nO\tstars\n", "the labels seem to stand in column 1, where words should be"),
+        ("token\tlabel\nthe\tDT\nsun\tNN\n", "a.conll:1: this line seems to name the columns"),
+        ("Word POS Tag\nthe DT O\nsun NN B-X\n", "a.conll:1: this line seems to name the columns"),
         ("a B-X\nb MISC\nc O\n", "a.conll: labels: B-X has a letter that places it in an entity, but MISC have none"),
         ("a B-X\nb L-X\nc S-X\n", "no scheme has B, L, S"),
         (b"a O\n\xff O\n", "a.conll:2: not UTF-8"),
