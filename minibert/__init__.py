@@ -29,7 +29,7 @@ _HOME = {
     "minibert.fast": ["optimize"],
     "minibert.embedding": ["SentenceEncoder"],
 }
-_ROOMS = ("study",)  # reached as attributes: minibert.study.trace
+_ROOMS = ("parity", "study")  # reached as attributes: minibert.study.trace
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)

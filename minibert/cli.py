@@ -28,6 +28,7 @@ COMMANDS = {
     "classify": "minibert.commands.classify",
     "ner": "minibert.commands.ner",
     "answer": "minibert.commands.answer",
+    "parity": "minibert.parity.command",
 }
 
 

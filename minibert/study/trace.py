@@ -10,6 +10,7 @@ import difflib
 import json
 import linecache
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from minibert.model import attention_probabilities
 from minibert.study.steps import kind_of, spell
 
 _TORCH = os.path.dirname(torch.__file__)
-_OURS = ("minibert.base", "transformers.models.bert.modeling_bert")  # where BERTs that can be traced come from
+_A_STEP = re.compile(r"(bert\.)?encoder\.layer\.0\.attention\.self\.query")  # by which a BERT is known
 # Functions between the modules that make a step, and the modules they do it in
 _ADDITIONS = ("add", "__add__", "add_", "__iadd__")
 _LOSSES = ("cross_entropy", "mse_loss", "binary_cross_entropy_with_logits")
@@ -152,24 +153,29 @@ class Trace:
         return "\n".join([f"{self.model}: {sizes}", *lines, total])
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Any] | Tensor, grad: bool = False) -> Trace:
-    """Run `model` once and record every step; the output is, to the bit, that of a call without it.
+def trace(
+    model: nn.Module, inputs: Mapping[str, Any] | Tensor, grad: bool = False, given: Mapping[str, Tensor] | None = None
+) -> Trace:
+    """Run `model` once and record every step; the output is, without `given`, that of a plain call to the bit.
 
     Args:
-        model: any minibert model, or transformers' BERT, whose steps get the same names; in training mode, dropout is
-            applied and its results are steps.
+        model: any minibert model, transformers' BERT, or whatever has its names of modules; in training mode, dropout
+            is applied and its results are steps.
         inputs: what the model is called with: a mapping of arguments, as the tokenizer gives, or input_ids.
         grad: record the graph too, and keep gradients: after `loss.backward()`, `trace[name].grad` is there.
+        given: results of steps by name that the model is to go on with in place of its own, which are recorded: with
+            all steps of another model, each step shows what it does itself to equal inputs. One of another shape is
+            not used.
 
     Raises:
-        TypeError: model is not a BERT, or inputs is neither a mapping nor a tensor.
+        TypeError: model has not BERT's modules by their names, or inputs is neither a mapping nor a tensor.
         ValueError: the model is compiled or optimized, so its steps cannot be seen; or the model refuses the inputs.
     """
     _check(model)
     if not isinstance(inputs, Mapping | Tensor):
         raise TypeError(f"inputs must be a mapping of arguments or the tensor input_ids, got {type(inputs).__name__}")
     arguments = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    recorder = _Recorder(model, grad)
+    recorder = _Recorder(model, grad, given or {})
     with ExitStack() as stack:
         for module in recorder.names:
             stack.callback(module.register_forward_pre_hook(recorder.enter).remove)
@@ -193,9 +199,9 @@ def _check(model: nn.Module) -> None:
     bases = type(model).__mro__
     if any(base.__name__ == "OptimizedModel" for base in bases):
         raise ValueError(f"model: {kind} is optimized, its steps are fused; trace the plain model, `.model`")
-    if not any(base.__module__ in _OURS for base in bases):
-        raise TypeError(f"model must be a BERT of minibert or transformers, got {kind}; is there one inside it?")
-    if getattr(model.config, "is_decoder", False):
+    if not any(_A_STEP.fullmatch(name) for name, _ in model.named_modules()):
+        raise TypeError(f"model must be a BERT, with the names of its modules, got {kind}; is there one inside it?")
+    if getattr(getattr(model, "config", None), "is_decoder", False):
         raise ValueError("model: is_decoder=True is not BERT's encoder")
 
 
@@ -203,25 +209,27 @@ class _Recorder(TorchFunctionMode):
     """Collects steps while the model runs: hooks say which module is running and what it returned, torch's function
     mode sees additions, attention and losses between them. Nothing is changed on the way."""
 
-    def __init__(self, model: nn.Module, grad: bool):
+    def __init__(self, model: nn.Module, grad: bool, given: Mapping[str, Tensor]):
         super().__init__()
-        self.model, self.grad = model, grad
+        self.model, self.grad, self.given = model, grad, given
         self.names = {module: name for name, module in model.named_modules()}
         self.running: list[nn.Module] = []
         self.steps: list[dict[str, Any]] = []
         self.seen: dict[str, int] = {}
+        self._product: tuple[torch.Size, Source, int] | None = None  # the last one that may be scores
         self.versions: list[tuple[Tensor, int]] = []
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.running.append(module)
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         self.running.pop()
         name = self.names[module]
         idle = isinstance(module, nn.Dropout) and not (module.training and module.p)
         if isinstance(output, Tensor) and not idle and (not [*module.children()] or kind_of(name).equation):
             enters = next((x.shape for x in args if isinstance(x, Tensor)), output.shape)
-            self.add(name, enters, output, _source(sys._getframe(1)), _flops(module, output), module)
+            return self.add(name, enters, output, source_of(sys._getframe(1)), _flops(module, output), module)
+        return None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -230,15 +238,15 @@ class _Recorder(TorchFunctionMode):
         if name in _ADDITIONS and isinstance(output, Tensor) and output.is_floating_point():
             if where.endswith("embeddings"):
                 step = "sum" if f"{where}.words_and_segments" in self.seen else "words_and_segments"
-                self.add(f"{where}.{step}", output.shape, output, _source(sys._getframe(1)))
+                return self.add(f"{where}.{step}", output.shape, output, source_of(sys._getframe(1)))
             elif where.endswith("output"):
-                self.add(f"{where}.residual", output.shape, output, _source(sys._getframe(1)))
+                return self.add(f"{where}.residual", output.shape, output, source_of(sys._getframe(1)))
         elif name == "scaled_dot_product_attention":
-            self._attention(where, output, _source(sys._getframe(1)), *args, **(kwargs or {}))
-        elif name in ("matmul", "softmax") and where.endswith("self"):
-            self._eager(where, name, args, output, _source(sys._getframe(1)))
+            return self._attention(where, output, source_of(sys._getframe(1)), *args, **(kwargs or {}))
+        elif name in ("matmul", "__matmul__", "softmax") and where.endswith("self"):
+            return self._eager(where, name, args, output, source_of(sys._getframe(1)))
         elif name in _LOSSES:
-            self.add(f"{where}.{name}".lstrip("."), args[0].shape, output, _source(sys._getframe(1)))
+            self.add(f"{where}.{name}".lstrip("."), args[0].shape, output, source_of(sys._getframe(1)))
         return output
 
     def _attention(
@@ -253,7 +261,7 @@ class _Recorder(TorchFunctionMode):
         *rest: Any,
         is_causal: bool = False,
         **other: Any,
-    ) -> None:
+    ) -> Tensor:
         """The fused kernel: what it keeps to itself is computed beside it, from the same query and key."""
         if is_causal:
             raise ValueError("model: its attention is causal, which BERT's is not")
@@ -262,23 +270,24 @@ class _Recorder(TorchFunctionMode):
             weights = attention_probabilities(query, key, attn_mask)
         self.add(f"{where}.scores", query.shape, seen.scores, seen.sources["matmul"], flops, beside=True)
         self.add(f"{where}.weights", weights.shape, weights, seen.sources["softmax"], beside=True)
-        self.add(f"{where}.context", weights.shape, output, source, flops)
+        return self.add(f"{where}.context", weights.shape, output, source, flops)
 
-    def _eager(self, where: str, name: str, args: tuple[Any, ...], output: Tensor, source: Source) -> None:
+    def _eager(self, where: str, name: str, args: tuple[Any, ...], output: Tensor, source: Source) -> Tensor:
         """Attention by plain products, as transformers' eager is: scores, their softmax, then weights times values."""
         if source.function == attention_probabilities.__name__:
-            return  # maps that were asked for beside the fused kernel; they are steps already
+            return output  # maps that were asked for beside the fused kernel; they are steps already
         flops = 2 * args[0].numel() * output.shape[-1]
         if name == "softmax":
-            self.add(f"{where}.scores", self._product[0], args[0], self._product[1], self._product[2])
-            self.add(f"{where}.weights", output.shape, output, source)
-        elif self.steps and self.steps[-1]["name"].startswith(f"{where}.weights"):
-            self.add(f"{where}.context", args[0].shape, output, source, flops)
-        else:
-            self._product = (args[0].shape, source, flops)
+            if self._product is not None:
+                self.add(f"{where}.scores", self._product[0], args[0], self._product[1], self._product[2])
+            return self.add(f"{where}.weights", output.shape, output, source)
+        if self.steps and self.steps[-1]["name"].startswith(f"{where}.weights"):
+            return self.add(f"{where}.context", args[0].shape, output, source, flops)
+        self._product = (args[0].shape, source, flops)
+        return output
 
     def add(self, name: str, enters: torch.Size, tensor: Tensor, source: Source, flops: int | None = 0,
-            module: nn.Module | None = None, beside: bool = False) -> None:  # fmt: skip
+            module: nn.Module | None = None, beside: bool = False) -> Tensor:  # fmt: skip
         count = self.seen[name] = self.seen.get(name, 0) + 1
         if self.grad and tensor.requires_grad and not tensor.is_leaf:
             tensor.retain_grad()
@@ -289,12 +298,14 @@ class _Recorder(TorchFunctionMode):
             "name": name if count == 1 else f"{name}#{count}", "module": where, "enters": enters, "tensor": tensor,
             "source": source, "flops": flops, "beside": beside, "own": module,
         })  # fmt: skip
+        given = None if beside else self.given.get(self.steps[-1]["name"])
+        return tensor if given is None or given.shape != tensor.shape else given
 
     def finish(self, output: Any) -> Trace:
         for tensor, version in self.versions:
             if tensor._version != version:
                 raise RuntimeError("the model changes tensors in place after they are made: their values are lost")
-        sizes, act = self._sizes(), getattr(self.model.config, "hidden_act", "gelu")
+        sizes, act = self._sizes(), getattr(getattr(self.model, "config", None), "hidden_act", "gelu")
         counted: set[int] = set()
         steps = []
         for raw in self.steps:
@@ -313,10 +324,12 @@ class _Recorder(TorchFunctionMode):
         return Trace(type(self.model).__name__, steps, output, sizes)
 
     def _sizes(self) -> dict[str, int]:
-        config = self.model.config
+        first = next((s["tensor"].shape for s in self.steps if s["name"].endswith("embeddings.LayerNorm")), (1, 1, 1))
+        sizes = dict(zip("BTD", first, strict=False))
+        if (config := getattr(self.model, "config", None)) is None:
+            return sizes
         D, H = config.hidden_size, config.num_attention_heads
-        first = next((s["tensor"].shape for s in self.steps if s["name"].endswith("embeddings.LayerNorm")), (1, 1, D))
-        sizes = {"B": first[0], "T": first[1], "D": D, "H": H, "K": D // H, "F": config.intermediate_size}
+        sizes |= {"D": D, "H": H, "K": D // H, "F": config.intermediate_size}
         return {**sizes, "V": config.vocab_size, "L": config.num_labels}
 
 
@@ -331,7 +344,7 @@ class _Probabilities(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in ("matmul", "softmax"):
-            self.sources[name] = _source(sys._getframe(1))
+            self.sources[name] = source_of(sys._getframe(1))
             self.scores = args[0]
         return func(*args, **(kwargs or {}))
 
@@ -348,7 +361,7 @@ def _numbers(shape: torch.Size) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
-def _source(frame: FrameType | None) -> Source:
+def source_of(frame: FrameType | None) -> Source:
     """The innermost running line outside torch and this file."""
     while frame is not None and (frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_filename == __file__):
         frame = frame.f_back

@@ -1,0 +1,93 @@
+"""What a model answers - a word, a label, a span, the nearest text - and whether an error can change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minibert.parity.inputs import Case
+
+
+@dataclass
+class Answers:
+    """Of one output, over all inputs: how many there are, how many are the same, and the margin.
+
+    largest_error: between the two sides' scores. smallest_gap: between the reference's first and second choice. If the
+    error is below half of that gap no answer can flip, which is a proof and no sample; else `at_risk` names those whose
+    own error is not below half of their own gap.
+    """
+
+    count: int = 0
+    same: int = 0
+    largest_error: float = 0.0
+    smallest_gap: float = float("inf")
+    at_risk: list[str] = field(default_factory=list)
+    flipped: list[str] = field(default_factory=list)
+
+    def add(self, case: str, actual: Tensor, expected: Tensor) -> None:
+        """Scores (N, choices) of N questions on both sides."""
+        if actual.shape != expected.shape:
+            self.count, self.flipped = self.count + len(expected), [*self.flipped, f"{case}: another shape"]
+            return
+        if not expected.numel() or expected.shape[1] < 2:  # a span of one token
+            return
+        actual, expected = actual.double(), expected.double()
+        possible = expected.isfinite()
+        difference = torch.where(possible, actual - expected, 0.0).abs()
+        error = torch.where(difference.isnan(), torch.inf, difference).amax(1)
+        top = expected.topk(2).values
+        gap = top[:, 0] - top[:, 1]
+        same = actual.argmax(1) == expected.argmax(1)
+        risky = (error > 0) & ~(error < gap / 2)
+        self.count += len(same)
+        self.same += int(same.sum())
+        self.largest_error = max(self.largest_error, float(error.max()))
+        self.smallest_gap = min(self.smallest_gap, float(gap.min()))
+        self.at_risk += [f"{case}, {i}" for i in risky.nonzero().flatten().tolist()]
+        self.flipped += [f"{case}, {i}" for i in (~same).nonzero().flatten().tolist()]
+
+    @property
+    def cannot_flip(self) -> bool:
+        return self.largest_error == 0 or self.largest_error < self.smallest_gap / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "count": self.count, "same": self.same, "largest_error": self.largest_error,
+            "half_smallest_gap": self.smallest_gap / 2, "cannot_flip": self.cannot_flip,
+            "at_risk": self.at_risk[:20], "at_risk_count": len(self.at_risk), "flipped": self.flipped[:20],
+        }  # fmt: skip
+
+
+def scores(name: str, value: Tensor, case: Case, several_labels: bool = False) -> Tensor | None:
+    """The output `name` as (N, choices), a row a question; None for one that answers none.
+
+    Words are asked for where the text has a mask, else at every token that is no padding.
+    """
+    if "logits" not in name or value.ndim < 2:
+        return None
+    real = case.real
+    if name in ("start_logits", "end_logits"):
+        return value if real is None or real.shape != value.shape else value.masked_fill(~real, -torch.inf)
+    if value.ndim == 3:
+        asked = real if case.asked is None or name not in ("prediction_logits", "logits") else case.asked
+        value = value[asked] if asked is not None and asked.shape == value.shape[:2] else value.flatten(0, 1)
+    elif several_labels:
+        value = torch.stack([torch.zeros_like(value), value], -1).flatten(0, 1)
+    return value if value.shape[-1] > 1 else None
+
+
+def pooled(states: Tensor, case: Case) -> Tensor:
+    """The mean over real tokens, of length 1: (B, D)."""
+    real = case.real
+    weights = torch.ones(states.shape[:2]) if real is None else real
+    return F.normalize((states.double() * weights[..., None]).sum(1), dim=1)
+
+
+def nearest(vectors: list[Tensor]) -> Tensor:
+    """Likeness of each text to every other one, (N, N): an encoder's answer is which is the nearest."""
+    stacked = torch.cat(vectors)
+    return (stacked @ stacked.T).fill_diagonal_(-torch.inf)

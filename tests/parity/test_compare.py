@@ -1,0 +1,203 @@
+"""`compare`: each fault is called a bug, at its line; each other way to compute the same is called rounding."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+
+import mutants
+import pytest
+import torch
+from mutants import FAULTS
+from reference import HEADS, batch_for, twins
+
+import minibert
+from minibert.parity import compare
+
+# Where no line of mutants.py is at fault: the step, and what its line says
+ELSEWHERE = {
+    "eps 1e 5": ("bert.embeddings.LayerNorm", "self.LayerNorm"),
+    "eps 1e 7": ("bert.embeddings.LayerNorm", "self.LayerNorm"),
+    "mask by minus 1e4": ("attention.self.context", "scores + torch.zeros_like(keep"),
+    "mask inverted": ("attention.self.context", "scores + torch.zeros_like(keep"),
+    "mask ignored": ("attention.self.context", "F.softmax(scores"),
+    "query and key swapped": ("attention.self.context", "key.transpose(2, 3)"),
+    "scale by hidden size": ("attention.self.context", "torch.matmul(query, key.transpose(2, 3)) *"),
+    "softmax over queries": ("attention.self.context", "F.softmax(scores"),
+    "transposed head": ("bert.encoder.layer.0.attention.self.query", "self.query(hidden_states)"),
+    "dropout left on": ("bert.encoder.layer.0.attention.self.query", "self.dropout("),
+    "attention dropout left on": ("attention.self.context", "scaled_dot_product_attention"),
+    "wrong norm weight": ("bert.encoder.layer.0.output.LayerNorm", "self.LayerNorm("),
+    "layers in another order": ("bert.encoder.layer.0.attention.self.query", "self.query(hidden_states)"),
+    "layers run backwards": ("bert.encoder.layer.2.attention.self.query", "self.query(hidden_states)"),
+    "layer shared": ("bert.encoder.layer.1.attention.self.query", "self."),
+    "a layer left out": ("bert.encoder.layer.2.attention.self.query", ""),
+    "one weight changed": ("bert.encoder.layer.1.intermediate.dense", "self.dense(hidden_states)"),
+}
+
+
+def inputs(tokens: int) -> list[dict[str, torch.Tensor]]:
+    """Whole, and padded at the right."""
+    batch = batch_for("BertModel", batch=3, tokens=tokens)
+    mask = torch.ones(3, tokens, dtype=torch.long)
+    mask[1, max(1, tokens // 2) :] = 0
+    mask[2, -1] = 0
+    return [batch, {**batch, "attention_mask": mask}]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models gain nothing by more, and lose much where threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    reference, ours = twins("BertForPreTraining")
+    for model in (reference, ours):
+        with torch.no_grad():
+            model.bert.encoder.layer[0].output.dense.bias.zero_()  # as checkpoints have it
+    return reference, ours
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_a_bug_at_its_line(pair, name, tokens):
+    reference, mutant = pair[0], copy.deepcopy(pair[1])
+    FAULTS[name](mutant)
+    report = compare(mutant, reference, inputs(tokens))
+    assert report.verdict == "bug", report
+    assert not report
+    step, code = ELSEWHERE.get(name, ("", None))
+    if code is not None:
+        assert code in report.first.code
+        assert report.first.step.endswith(step)
+    else:
+        file, line = report.first.line.split(":")
+        assert file == "mutants.py"
+        assert "# fault" in linecache.getline(mutants.__file__, int(line)), report
+    assert report.first.twin_line.startswith("transformers/")
+
+
+def test_every_fault_without_a_marked_line_is_listed():
+    assert set(ELSEWHERE) <= set(FAULTS)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_equal_to_the_last_bit(head):
+    reference, ours = twins(head)
+    cases = None if head == "BertForMultipleChoice" else inputs(9)
+    report = compare(ours, reference, cases, require="bits")
+    assert report.verdict == "same bits", report
+    assert report.level == "bits"
+    assert report.rows
+    assert all(row.accumulated.bits and row.local.bits for row in report.rows if not row.beside)
+    assert report.first is None
+
+
+def alone(model):
+    """Each text alone in place of a batch."""
+
+    def run(**arguments):
+        rows = [
+            model(**{key: x[i : i + 1] for key, x in arguments.items()}) for i in range(len(arguments["input_ids"]))
+        ]
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+    return run
+
+
+def padded(model):
+    """Eight more tokens of padding."""
+
+    def run(**arguments):
+        B, T = arguments["input_ids"].shape
+        given = {"attention_mask": torch.ones(B, T, dtype=torch.long), **arguments}
+        longer = {key: torch.nn.functional.pad(x, (0, 8)) for key, x in given.items()}
+        return {key: x[:, :T] if x.ndim == 3 else x for key, x in model(**longer).items()}
+
+    return run
+
+
+def two_threads(model):
+    def run(**arguments):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            return model(**arguments)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+def moved(model, offset=None):
+    """The same numbers elsewhere in memory: at an offset of bytes, or column by column."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if offset is None:
+            parameter.data = parameter.data.mT.contiguous().mT if parameter.ndim == 2 else parameter.data
+        else:
+            memory = bytearray(parameter.nbytes + 64)
+            there = torch.frombuffer(memory, dtype=parameter.dtype, count=parameter.numel(), offset=offset)
+            parameter.data = there.view(parameter.shape).copy_(parameter.data)
+    return model
+
+
+WAYS = {
+    "batch": alone,
+    "padding": padded,
+    "threads": two_threads,
+    "offset 2": lambda model: moved(model, 2),
+    "offset 4": lambda model: moved(model, 4),
+    "columns": moved,
+    "fast path": minibert.optimize,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_another_way_to_compute_the_same_is_rounding(pair, way):
+    reference, ours = pair
+    for tokens in (2, 31):
+        report = compare(WAYS[way](ours), reference, inputs(tokens))
+        assert report.verdict in ("rounding", "same bits"), report
+        assert report.passed
+
+
+@pytest.mark.parametrize("head", ["BertModel", "BertForQuestionAnswering", "BertForMultipleChoice"])
+def test_eager_attention_is_rounding_that_starts_at_the_context(head):
+    eager, ours = twins(head, attention="eager")
+    report = compare(ours, eager, require="bits")
+    assert (report.verdict, report.level) == ("rounding", "exact")
+    assert not report
+    assert report.first.name.endswith("attention.self.context")
+    assert "scaled_dot_product_attention" in report.first.code
+    assert "matmul(attn_weights, value)" in report.first.twin_code
+    assert compare(ours, eager, require="exact")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounding_and_a_fault_in_it_a_bug(pair, dtype):
+    reference, ours = (copy.deepcopy(model).to(dtype) for model in pair)
+    assert compare(ours, reference, inputs(9), require="bits").verdict == "same bits"
+    FAULTS["eps 1e 5"](ours)
+    report = compare(ours, reference, inputs(9))
+    assert report.verdict == "bug"
+    assert report.first.step == "bert.embeddings.LayerNorm"
+
+
+def test_half_precision_within_float32_is_a_bug_and_float32_within_half_is_not(pair):
+    def kernel(query, key, value, mask):
+        scores = (query @ key.transpose(2, 3)).float() * query.shape[-1] ** -0.5
+        scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return scores.softmax(-1).to(value.dtype) @ value
+
+    reference, ours = copy.deepcopy(pair)
+    mutants.with_attention(ours, kernel)
+    report = compare(ours, reference, inputs(9))
+    assert report.verdict == "rounding", report
+    assert any("computes in float32" in note for note in report.notes)
+    assert compare(ours.bfloat16(), reference.bfloat16(), inputs(9)).verdict == "rounding"

@@ -1,0 +1,211 @@
+"""`minibert parity` from the outside: exit statuses, the certificate, golden files, verification."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jsonschema
+import pytest
+import torch
+from reference import TINY, twins
+from safetensors.torch import load_file, save_file
+
+from minibert.cli import main
+from minibert.parity import certificate
+
+WORDS = ["the", "cat", "sat", "on", "mat", "rain", "streets", "were", "wet", "a", "no", "yes", ".", "!", "##s"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny pretraining model with a vocabulary, as a directory."""
+    directory = tmp_path_factory.mktemp("tiny")
+    twins("BertForPreTraining")[1].save_pretrained(directory)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    words += [f"[unused{i}]" for i in range(TINY["vocab_size"] - len(words))]
+    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("the cat sat on the [MASK].\nrain\tthe streets were wet\nno!\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def written(checkpoint, texts, tmp_path_factory):
+    """A certificate's directory."""
+    out = tmp_path_factory.mktemp("certificate")
+    options = ["--path", "plain", "--texts", str(texts), "--steps", "2", "-o", str(out), "--quiet"]
+    assert main(["parity", str(checkpoint), *options]) == 0
+    return out
+
+
+def changed(checkpoint, tmp_path, change):
+    """A copy of the checkpoint with other tensors."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+def test_certificate_is_valid_and_says_what_was_done(written, checkpoint):
+    found = json.loads((written / "certificate.json").read_text())
+    jsonschema.validate(found, certificate.schema())
+    predicate = found["predicate"]
+    assert predicate["result"] == "PASSED"
+    assert predicate["passedTests"] == [f"minibert plain float32 against transformers {_transformers()} float32: bits"]
+    [each] = predicate["measurements"]["comparisons"]
+    assert (each["verdict"], each["level"]) == ("same bits", "bits")
+    assert {name: check["verdict"] for name, check in each["checks"].items()} == {
+        "tokenizer": "same", "gradients": "same bits", "train": "same bits",
+        "invariance": each["checks"]["invariance"]["verdict"],
+        "invariance of the reference": each["checks"]["invariance of the reference"]["verdict"],
+    }  # fmt: skip
+    assert each["checks"]["invariance"]["verdict"] in ("rounding", "same bits")
+    assert {"alone", "order", "twice", "padded to 41", "offset 2", "transposed"} <= set(
+        each["checks"]["invariance"]["ulps"]
+    )
+    assert len(each["steps"]) > 40
+    names = [subject["name"].partition("/")[2] for subject in found["subject"]]
+    assert names == ["weights", "config.json", "vocab.txt"]
+    assert str(checkpoint) in predicate["measurements"]["command"]["line"]
+
+
+def _transformers():
+    import transformers
+
+    return transformers.__version__
+
+
+def test_markdown_and_html_say_the_same(written):
+    markdown, html = (written / "certificate.md").read_text(), (written / "certificate.html").read_text()
+    for text in ("PASSED", "minibert/model.py:", "modeling_bert.py:", "attention.self.context", "none can flip"):
+        assert text in markdown
+        assert text in html
+    assert "http://" not in html
+    assert "default-src 'none'" in html.replace("&#x27;", "'")
+
+
+def test_verify_says_the_same(written, capsys):
+    assert main(["parity", "--verify", str(written / "certificate.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "holds": True, "why": "the same to the last bit", "differences": {}
+    }  # fmt: skip
+
+
+def test_verify_names_the_tensor_of_which_one_bit_was_flipped(written, checkpoint, tmp_path, capsys):
+    name = "bert.encoder.layer.1.output.dense.weight"
+    changed(checkpoint, tmp_path, lambda tensors: tensors[name].view(torch.int32)[0, 0].bitwise_xor_(1))
+    assert main(["parity", str(tmp_path), "--verify", str(written / "certificate.json")]) == 1
+    said = capsys.readouterr().out
+    assert "weights changed" in said
+    assert f"weights: {name}\n" in said
+
+
+def test_verify_names_the_text_that_was_changed(written, texts, tmp_path, capsys):
+    other = tmp_path / "texts.txt"
+    other.write_text(texts.read_text().replace("streets", "street"))
+    command = ["parity", "--verify", str(written / "certificate.json"), "--texts", str(other)]
+    assert main(command) == 1
+    assert "texts: text 2\n" in capsys.readouterr().out
+
+
+def test_verify_names_one_thread_more(written, capsys):
+    main(["parity", "--verify", str(written / "certificate.json"), "--threads", "2"])
+    torch.set_num_threads(1)
+    assert "threads: threads was 1, is 2" in capsys.readouterr().out
+
+
+def test_what_differs_is_explained():
+    measured = {"weights": {}, "texts": [], "outputs": {"plain": {"case": "0"}},
+                "machine": {"hardware": {"flags": ["avx", "avx2"]}, "version": {"torch": "2.13.0"}}}  # fmt: skip
+    then = {"subject": [], "predicate": {"measurements": measured}}
+    now = json.loads(json.dumps(then))
+    now["predicate"]["measurements"]["outputs"]["plain"]["case"] = "1"
+    found = certificate.differences(then, now)
+    assert certificate.verdict(found) == (False, "results differ: nothing that is recorded explains it")
+    now["predicate"]["measurements"]["machine"]["hardware"]["flags"].append("avx512f")
+    found = certificate.differences(then, now)
+    assert found["hardware"] == ["flags was [], is ['avx512f']"]
+    assert certificate.verdict(found) == (False, "results differ: hardware may explain it")
+
+
+def test_golden_files_need_no_peer(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    golden = str(tmp_path / "golden.safetensors")
+    base = ["parity", str(checkpoint), "--path", "plain"]
+    assert main([*base, "--save", golden, "--against", golden]) == 0
+    assert "same bits" in capsys.readouterr().out
+    assert main([*base, "--against", "transformers"]) == 2
+    assert "pip install 'minibert[parity]'" in capsys.readouterr().err
+    tensors = load_file(golden)
+    tensors["3.prediction_logits"][0, 0] += 1e-3
+    save_file(tensors, golden)
+    assert main([*base, "--against", golden]) == 1
+    assert "bug" in capsys.readouterr().out
+    tensors["3.prediction_logits"][0, 0, 0] = float("nan")
+    save_file(tensors, golden)
+    assert main([*base, "--against", golden, "--require", "answers"]) == 1
+    assert "NaN or Inf on one side only" in capsys.readouterr().out
+
+
+def test_golden_lines_of_json(checkpoint, tmp_path):
+    import minibert
+
+    directory = tmp_path / "mlm"
+    model = minibert.BertForMaskedLM.from_pretrained(checkpoint)
+    model.save_pretrained(directory)
+    file = tmp_path / "golden.jsonl"
+    with torch.no_grad():
+        rows = [{"prompt": "", "tokens": ids, "logits": model(torch.tensor([ids])).logits[0].tolist()}
+                for ids in ([2, 5, 3], [2, 6, 7, 8, 9, 3])]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, rows)))
+    command = ["parity", str(directory), "--path", "plain", "--against", str(file), "--require", "bits"]
+    assert main(command) == 0
+    file.write_text('{"tokens": [1, 2]}')
+    assert main(command) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([__file__], "test_parity_command.py"),
+        (["--against", "nothing"], "--against nothing: is no file and none of transformers"),
+        (["--texts", "absent.txt"], "absent.txt"),
+        (["--threads", "0"], "--threads 0: must be 1 or more"),
+        (["--path", "plain", "--dtype", "int8"], "--dtype int8 is computed by --path fast alone"),
+        (["--head", "head"], "head='head': must be one of"),
+        (["--head", "question-answering"], "qa_outputs"),
+        (["--verify", "absent.json"], "absent.json"),
+    ],
+)
+def test_trouble_is_status_2(checkpoint, options, said, capsys):
+    model = [] if options[0] == __file__ else [str(checkpoint)]
+    assert main(["parity", *model, *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_no_certificate_is_trouble(tmp_path, capsys):
+    file = tmp_path / "certificate.json"
+    for content in ("{", "[]", "{}", '{"predicate": {"measurements": {"schema_version": 99}}}'):
+        file.write_text(content)
+        assert main(["parity", "--verify", str(file)]) == 2
+        assert str(file) in capsys.readouterr().err
+    with pytest.raises(SystemExit) as status:
+        main(["parity", "--dtype", "float13"])
+    assert status.value.code == 2
