@@ -248,11 +248,16 @@ class Pipeline:
     def _encode(self, texts: list, first: int | None, tokenizer_kwargs: Mapping[str, Any] | None) -> BatchEncoding:
         """Lists of ids of texts or pairs of texts, none longer than the model takes."""
         options = {**self.tokenizer_kwargs, **(tokenizer_kwargs or {})}
-        if options.get("padding") in (True, "longest"):  # as every batch is padded
+        multiple = None
+        if options.get("padding") in (True, "longest"):  # each text is its own longest, and every batch is padded
             del options["padding"]
+            multiple = options.pop("pad_to_multiple_of", None)
         if options.get("truncation"):
             options.setdefault("max_length", self.longest)
         encoded = self.tokenizer(texts, **options)
+        if multiple is not None:
+            side = options.get("padding_side")
+            encoded = self._padded_alone(encoded, pad_to_multiple_of=multiple, padding_side=side)
         limit = self.model.config.max_position_embeddings
         for i, ids in enumerate(encoded["input_ids"]):
             if len(ids) > limit:
@@ -261,6 +266,11 @@ class Pipeline:
                     "with tokenizer_kwargs={'truncation': True}"
                 )
         return encoded
+
+    def _padded_alone(self, encoded: BatchEncoding, **options: Any) -> BatchEncoding:
+        rows = [{name: column[i] for name, column in encoded.items()} for i in range(len(encoded["input_ids"]))]
+        padded = [self.tokenizer.pad(row, **options) for row in rows]
+        return BatchEncoding({name: [row[name] for row in padded] for name in encoded})
 
     @property
     def longest(self) -> int:
