@@ -1,21 +1,20 @@
-"""What all models share: a config, initialisation, resizing. Loading and saving are in weights/pretrained.py."""
+"""What all models share: a config, initialisation. Loading and saving are in weights/pretrained.py."""
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from minibert.compat.models import HubModel
 from minibert.config import BertConfig
 from minibert.outputs import ModelOutput
 from minibert.weights.pretrained import Pretrained
 
 
-class BertPreTrainedModel(Pretrained):
+class BertPreTrainedModel(HubModel, Pretrained):
     """The base of all models: a module with a config, which an encoder shares with the head on it."""
 
     config_class = BertConfig
@@ -31,8 +30,12 @@ class BertPreTrainedModel(Pretrained):
     def post_init(self) -> None:
         """Initialise the weights of a new model; the last line of every constructor."""
         for child in self.children():
-            if not isinstance(child, BertPreTrainedModel):  # which has done it itself
-                child.apply(self._init_weights)
+            if isinstance(child, BertPreTrainedModel):
+                continue  # it has done so itself
+            for module in child.modules():
+                if not module.__dict__.get("is_initialised", False):
+                    self._init_weights(module)
+                    module.is_initialised = True  # type: ignore[assignment]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -72,50 +75,3 @@ class BertPreTrainedModel(Pretrained):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many numbers the model holds, a tied parameter counted once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.base_model.embeddings.word_embeddings
-
-    def get_output_embeddings(self) -> nn.Linear | None:
-        """The projection to the vocabulary, in models that have one."""
-        predictions = getattr(getattr(self, "cls", None), "predictions", None)
-        return getattr(predictions, "decoder", None)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only what enters each layer and compute the rest again in the backward pass."""
-        self.base_model.encoder.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.base_model.encoder.gradient_checkpointing = False
-
-    def resize_token_embeddings(self, new_num_tokens: int) -> nn.Embedding:
-        """Cut or extend the vocabulary, with the tied decoder and its bias; new rows are initialised, new biases 0.
-
-        The parameters are new objects: give an optimizer made before this call the new ones.
-        """
-        config = copy.copy(self.config)
-        config.vocab_size = new_num_tokens  # refuses what is not a size
-        config.check()
-        old = self.get_input_embeddings()
-        kept = min(new_num_tokens, old.num_embeddings)
-        new = nn.Embedding(
-            new_num_tokens, config.hidden_size, config.pad_token_id, device=old.weight.device, dtype=old.weight.dtype
-        )
-        self._init_weights(new)
-        with torch.no_grad():
-            new.weight[:kept] = old.weight[:kept]
-        new.weight.requires_grad_(old.weight.requires_grad)
-        for head in [module for module in self.modules() if isinstance(getattr(module, "decoder", None), nn.Linear)]:
-            if head.decoder.weight is old.weight:
-                bias = functional.pad(head.bias.detach()[:kept], (0, new_num_tokens - kept))
-                head.bias = head.decoder.bias = nn.Parameter(bias, head.bias.requires_grad)
-                head.decoder.weight, head.decoder.out_features = new.weight, new_num_tokens
-        self.base_model.embeddings.word_embeddings = new
-        for module in self.modules():
-            if isinstance(module, BertPreTrainedModel):
-                module.config = config
-        return new

@@ -96,7 +96,7 @@ def classification_loss(logits: Tensor, labels: Tensor, ignored: int = IGNORED) 
 
     logits (..., classes); labels (...) of any shape with as many elements. Returns a number, ().
     """
-    labels = labels.reshape(-1)
+    labels = labels.reshape(-1).long()
     loss = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels, ignore_index=ignored)
     return torch.where((labels != ignored).any(), loss, 0.0)
 
@@ -256,13 +256,15 @@ class BertForSequenceClassification(BertClassifier):
         return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
     def _check_labels(self, labels: Tensor | None, B: int, T: int) -> None:
-        if labels is None or self._problem(labels) == "single_label_classification":
+        if not isinstance(labels, Tensor) or self._problem(labels) == "single_label_classification":
             check_ids("labels", labels, [(B,), (B, 1)], self.config.num_labels, IGNORED)
         else:
             check_targets("labels", labels, B, self.config.num_labels)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         problem = self._problem(labels)
+        if problem != "single_label_classification":
+            labels = labels.to(logits.dtype)
         if problem == "regression":
             return functional.mse_loss(logits.squeeze(1), labels.view(-1) if logits.shape[1] == 1 else labels)
         if problem == "multi_label_classification":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -12,14 +13,50 @@ from minibert.config import BertConfig
 IGNORED = -100  # a label that takes no part in the loss, as in torch's cross_entropy
 
 
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether this call is being recorded, to be run later on other values: nothing may depend on those of today.
+
+    torch.compile and torch.export, torch.jit.trace and what ONNX makes of it, the capture of a CUDA graph.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _bounds(tensor: Tensor) -> tuple[float, float] | None:
+    """The smallest and the largest value; None where values cannot be asked for.
+
+    So it is while a call is recorded, and for tensors without values: meta, fake, under vmap, under make_fx.
+    """
+    if tensor.is_meta or tensor.numel() == 0 or is_recorded(tensor):
+        return None
+    try:
+        low, high = (bound.item() for bound in tensor.aminmax())
+    except RuntimeError:
+        if _holds_values(tensor):
+            raise
+        return None
+    return (low, high) if isinstance(low, (int, float)) else None  # a symbol is none of these
+
+
+def _holds_values(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers can be asked for."""
+    try:
+        tensor.reshape(-1)[0].item()
+    except RuntimeError:
+        return False
+    return True
+
+
 def kernel_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The mask in the form that `attention` takes: None, or boolean or added scores that broadcast to (B, H, T, T)."""
     if attention_mask is None:
         return None
     if attention_mask.ndim == 2:
+        # Unmasked kernels are faster, and transformers chooses so too
         attention_mask = attention_mask.bool()
-        # Unmasked kernels are faster, and transformers chooses so too. A compiled graph cannot depend on values.
-        if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+        bounds = _bounds(attention_mask)
+        if bounds is not None and bounds[0]:
             return None
         return attention_mask[:, None, None, :]  # (B, T) -> (B, 1, 1, T)
     if attention_mask.ndim == 3:
@@ -68,6 +105,11 @@ def check_inputs(
         _warn_of_padding(config, input_ids)
 
 
+def as_ids(ids: Tensor | None) -> Tensor | None:
+    """Whole numbers of any width as the type that torch's embeddings take."""
+    return None if ids is None else ids.long()
+
+
 def check_ids(
     name: str, ids: Tensor | None, shapes: list[tuple[int, ...]], limit: int, ignored: int | None = None
 ) -> None:
@@ -79,13 +121,14 @@ def check_ids(
         raise ValueError(f"{name} must be a tensor of whole numbers (torch.long), got {kind}")
     if tuple(ids.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(ids.shape)}")
-    if torch.compiler.is_compiling() or ids.is_meta or ids.numel() == 0:
-        return  # a compiled graph cannot depend on values
-    valid = ids if ignored is None else torch.where(ids == ignored, 0, ids)
-    low, high = (int(bound) for bound in valid.aminmax())
-    if low < 0 or high >= limit:
+    if is_recorded(ids):
+        return
+    ids = ids.long()  # torch cannot compare the widest unsigned types
+    bounds = _bounds(ids if ignored is None else torch.where(ids == ignored, 0, ids))
+    if bounds is not None and (bounds[0] < 0 or bounds[1] >= limit):
         also = "" if ignored is None else f", or {ignored} for none"
-        raise ValueError(f"{name} must be from 0 to {limit - 1}{also}; got {low if low < 0 else high}")
+        found = bounds[0] if bounds[0] < 0 else bounds[1]
+        raise ValueError(f"{name} must be from 0 to {limit - 1}{also}; got {found}")
 
 
 def _check_mask(mask: Tensor, B: int, H: int, T: int) -> None:
@@ -97,10 +140,32 @@ def _check_mask(mask: Tensor, B: int, H: int, T: int) -> None:
         raise ValueError(
             f"attention_mask must have shape {(B, T)}, {(B, T, T)} or {(B, H, T, T)}, got {tuple(mask.shape)}"
         )
-    if mask.ndim == 2 and mask.dtype != torch.bool and not torch.compiler.is_compiling() and not mask.is_meta:
-        low, high = (float(bound) for bound in mask.aminmax())
-        if low < 0 or high > 1:
+    bounds = None if mask.dtype == torch.bool else _bounds(mask)
+    if bounds is not None:
+        _check_mask_values(mask, *bounds)
+
+
+def _check_mask_values(mask: Tensor, low: float, high: float) -> None:
+    """Refuse what would be read as something else than was meant: scores as 0 and 1, or 0 and 1 as scores."""
+    is_binary = low >= 0 and high <= 1  # also false for NaN
+    if is_binary and mask.is_floating_point():
+        is_binary = bool(((mask == 0) | (mask == 1)).all())
+    if mask.ndim == 2:
+        if not is_binary:
             raise ValueError(f"a 2D attention_mask must hold 1 (token) and 0 (padding), got {low:g} to {high:g}")
+    elif not mask.is_floating_point():
+        if not is_binary:
+            raise ValueError(
+                f"a {mask.ndim}D attention_mask of whole numbers must hold 1 (may be attended) and 0 (may not), got "
+                f"{low:g} to {high:g}; numbers that are to be added to the scores must be floating point"
+            )
+    elif is_binary and high == 1:
+        raise ValueError(
+            f"a {mask.ndim}D attention_mask of floating-point numbers is added to the scores, and this one holds 0 and "
+            "1: pass mask.bool() or mask.long() for 1 (may be attended) and 0 (may not), or 0 and -inf to be added"
+        )
+    elif not high < math.inf:  # NaN too
+        raise ValueError(f"a {mask.ndim}D attention_mask must hold no NaN and no +inf, got {low:g} to {high:g}")
 
 
 _warned: set[str] = set()
@@ -108,9 +173,10 @@ _warned: set[str] = set()
 
 def _warn_of_padding(config: BertConfig, input_ids: Tensor) -> None:
     """Once in a process: padding without a mask is attended to like text, the commonest mistake with BERT."""
-    if "padding" in _warned or config.pad_token_id is None or torch.compiler.is_compiling() or input_ids.is_meta:
+    if "padding" in _warned or config.pad_token_id is None or is_recorded(input_ids):
         return
-    if bool((input_ids == config.pad_token_id).any()):
+    bounds = _bounds(input_ids.long() == config.pad_token_id)
+    if bounds is not None and bounds[1]:
         _warned.add("padding")
         warnings.warn(
             f"input_ids contain the padding id {config.pad_token_id} but no attention_mask came with them: padding is "
@@ -122,6 +188,8 @@ def _warn_of_padding(config: BertConfig, input_ids: Tensor) -> None:
 def check_targets(name: str, targets: Tensor, B: int, num_labels: int) -> None:
     """Raise ValueError unless `targets` are floating-point numbers (B, num_labels), or (B,) for one label."""
     shapes = [(B, num_labels)] + [(B,)] * (num_labels == 1)
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(targets).__name__}")
     if not targets.is_floating_point() or tuple(targets.shape) not in shapes:
         raise ValueError(
             f"{name} must be floating point of shape {' or '.join(map(str, shapes))}, "

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from minibert.activations import Activation
 from minibert.base import BertPreTrainedModel
 from minibert.config import BertConfig
-from minibert.inputs import check_inputs, kernel_mask
+from minibert.inputs import as_ids, check_inputs, kernel_mask
 from minibert.outputs import BaseModelOutput
 
 
@@ -248,7 +248,8 @@ class BertModel(BertPreTrainedModel):
         wants_maps = self.config.output_attentions if output_attentions is None else output_attentions
         states: list[Tensor] | None = [] if wants_states else None
         maps: list[Tensor] | None = [] if wants_maps else None
-        embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (B, T, D)
+        ids = (as_ids(x) for x in (input_ids, token_type_ids, position_ids))
+        embeddings = self.embeddings(*ids, inputs_embeds)  # (B, T, D)
         last = self.encoder(embeddings, kernel_mask(attention_mask, embeddings.dtype), states, maps)  # (B, T, D)
         output = BaseModelOutput(
             last_hidden_state=last,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -12,52 +13,85 @@ from torch.utils import _pytree as pytree
 Record = TypeVar("Record", bound=type)
 
 
-@dataclass
-class ModelOutput:
-    """A record that is also an ordered mapping of those of its fields that are not None.
+class ModelOutput(dict[str, Any]):
+    """A record that is also a dictionary of those of its fields that are not None, in the order of the fields.
 
     As in transformers, an index counts only the fields that are there: `out[0]` is the loss if there is one.
+    `out["logits"] = x` and `out.logits = x` do the same; None, or `del out["logits"]`, takes a field out. A record can
+    be made of another mapping or of pairs, which is how DataParallel and accelerate rebuild what they took apart.
+    Records are compared by identity: two tensors have no single truth value.
     """
 
     unlisted: ClassVar[tuple[str, ...]] = ()  # fields reached as attributes only
 
-    def keys(self) -> list[str]:
-        names = [field.name for field in fields(self)]
-        return [name for name in names if name not in self.unlisted and getattr(self, name) is not None]
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
 
-    def values(self) -> list[Any]:
-        return [getattr(self, name) for name in self.keys()]
+    def __post_init__(self) -> None:
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        first = getattr(self, names[0])
+        if isinstance(first, (Mapping, Iterator, list, tuple)):
+            setattr(self, names[0], None)
+            self.update(dict(first))
 
-    def items(self) -> list[tuple[str, Any]]:
-        return [(name, getattr(self, name)) for name in self.keys()]
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_late = name in self.__dict__ and name not in self
+        object.__setattr__(self, name, value)
+        if name in self.unlisted or not (name in self.__dataclass_fields__ or name in self):
+            return
+        if value is not None:
+            dict.__setitem__(self, name, value)
+            if is_late:  # to its place
+                rest = dict(self)
+                dict.clear(self)
+                dict.update(self, {field: rest.pop(field) for field in self.__dataclass_fields__ if field in rest})
+                dict.update(self, rest)
+        elif name in self:
+            dict.__delitem__(self, name)
 
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(self.values())
+    def __setitem__(self, key: str, value: Any) -> None:
+        if not isinstance(key, str):
+            raise TypeError(f"{key!r}: set a field of {type(self).__name__} by its name")
+        if key not in self and key not in self.__dataclass_fields__:
+            dict.__setitem__(self, key, value)
+        setattr(self, key, value)
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return getattr(self, key) if key in self.keys() else default
+    def __delitem__(self, key: str) -> None:
+        self[key]  # raises KeyError
+        setattr(self, key, None)
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if not isinstance(key, str):
             return self.to_tuple()[key]
-        if key not in self.keys():
-            raise KeyError(f"{key!r}: this {type(self).__name__} has {', '.join(self.keys())}")
-        return getattr(self, key)
+        if key not in self:
+            raise KeyError(f"{key!r}: this {type(self).__name__} has {', '.join(self)}")
+        return dict.__getitem__(self, key)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.items())})"
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys()
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
 
-    def __len__(self) -> int:
-        return len(self.keys())
+    # dict's own would change what is stored behind the attributes' back
+    update = MutableMapping.update
+    pop = MutableMapping.pop  # type: ignore[assignment]
+    popitem = MutableMapping.popitem
+    clear = MutableMapping.clear
+    setdefault = MutableMapping.setdefault
+
+    def __ior__(self, other: Any) -> ModelOutput:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def copy(self) -> ModelOutput:
+        return copy.copy(self)
 
 
 def record(cls: Record) -> Record:
     """A dataclass that torch can look into: torch.export, FSDP and torch.compile find the tensors inside."""
-    # Identity comparison: comparing tensors field by field has no single truth value
-    cls = dataclass(eq=False)(cls)
+    cls = dataclass(eq=False, repr=False)(cls)
     pytree.register_dataclass(cls)
     return cls
 

@@ -77,6 +77,11 @@ class HubConfig:
     def check(self) -> None:
         """Raise ValueError unless the fields go together."""
 
+    @classmethod
+    def knows(cls, name: str) -> bool:
+        """Whether this is a field that BERT's configs have, of use here or not."""
+        return name in _ONLY or name in _IRRELEVANT or any(field.name == name for field in fields(cls))  # type: ignore[arg-type]
+
     def __post_init__(self) -> None:
         labels = (self.__dict__.pop(name) for name in _LABELS)
         self._set_labels(_agreed(*labels))

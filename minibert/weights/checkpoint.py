@@ -14,7 +14,7 @@ import mmap
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minibert.weights.files import refuse_pointer
+from minibert.weights.files import of_variant, refuse_pointer
 
 ALIGNMENT = 64  # bytes; that of memory from torch's CPU allocator
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -157,6 +157,21 @@ def _check_zip(path: Path) -> None:
                         pass
 
 
+def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """Tensors that are in no file, as if they had been read; copies, so that a model never shares them.
+
+    Raises ValueError for what is not a dense tensor.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"state_dict[{name!r}] is a {type(tensor).__name__}, not a dense tensor")
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    return {
+        name: Stored(Path("the state dict"), name, copy.dtype, tuple(copy.shape), copy.nbytes, in_memory=copy)
+        for name, copy in copies.items()
+    }
+
+
 def read(tensors: Collection[Stored]) -> list[Tensor]:
     """The data of tensors, each at a multiple of 64 bytes: mapped from the file where it lies so, else copied.
 
@@ -276,17 +291,22 @@ def shards(tensors: Mapping[str, Tensor], max_size: int) -> dict[str, list[str]]
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def is_shard(name: str) -> bool:
+def is_shard(name: str, variant: str | None = None) -> bool:
     """Whether a file's name is one that `write` gives."""
-    return bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json", name))
+    part = "" if variant is None else re.escape("." + variant)
+    pattern = rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json"
+    return bool(re.fullmatch(pattern, name))
 
 
-def write(directory: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> None:
+def write(
+    directory: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB", variant: str | None = None
+) -> None:
     """Write tensors to safetensors files, with an index if there is more than one.
 
     Raises ValueError for a size that cannot be understood.
     """
     files = shards(tensors, as_bytes(max_shard_size))
+    files = {of_variant(file, variant): names for file, names in files.items()}
     for file, names in files.items():
         write_file(directory / file, {name: tensors[name] for name in names})
     if len(files) > 1:
@@ -295,7 +315,7 @@ def write(directory: Path, tensors: Mapping[str, Tensor], max_shard_size: int | 
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         text = json.dumps(index, indent=2) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (directory / of_variant("model.safetensors.index.json", variant)).write_text(text, encoding="utf-8")
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -339,7 +359,8 @@ class TensorReport:
     """What became of one tensor. `status` is one of:
 
     loaded; renamed (its name in the file is `source`); tied alias (the same parameter as another, stored or not);
-    expected extra (of another BERT class, or a buffer that is computed); unexpected; newly initialised; missing.
+    expected extra (of another BERT class, or a buffer that is computed); unexpected; newly initialised; missing;
+    mismatched (of another shape in the file, and so initialised anew).
     """
 
     name: str
@@ -374,11 +395,15 @@ class LoadReport:
         """Names of the tensors with one of the given statuses."""
         return [tensor.name for tensor in self.tensors if tensor.status in statuses]
 
-    def __getitem__(self, key: str) -> list[str]:
-        lists = {
+    def __getitem__(self, key: str) -> list[Any]:
+        lists: dict[str, list[Any]] = {
             "missing_keys": self.named("newly initialised", "missing"),
             "unexpected_keys": self.named("expected extra", "unexpected"),
-            "mismatched_keys": [],  # an error here
+            "mismatched_keys": [
+                (tensor.name, tensor.stored.shape, tensor.shape)
+                for tensor in self.tensors
+                if tensor.status == "mismatched" and tensor.stored is not None
+            ],
             "error_msgs": [],
         }
         return lists[key]
@@ -406,6 +431,9 @@ def compare(
     tied: Mapping[str, str],
     new_heads: Collection[str],
     prefix: str,
+    buffers: Collection[str] = (),
+    may_be_new: Callable[[str], bool] = lambda name: False,
+    ignore_mismatched: bool = False,
 ) -> LoadReport:
     """Match the tensors of a checkpoint with the parameters of a model.
 
@@ -414,6 +442,9 @@ def compare(
         tied: alias -> owner, names in the model.
         new_heads: beginnings of names; a head that is wholly absent may be newly initialised.
         prefix: of the encoder in the model.
+        buffers: names of tensors that may have any type.
+        may_be_new: whether a tensor may be absent, beside those of `new_heads`.
+        ignore_mismatched: take what has another shape for absent, instead of an error.
 
     Raises ValueError listing every tensor of the wrong shape or type, or a tie that the file contradicts.
     """
@@ -425,7 +456,9 @@ def compare(
             found[owner] = aliases[alias]
             aliases[alias] = None
     parameters = {name: shape for name, shape in shapes.items() if name not in tied}
-    _check_fit({name: found[name] for name in parameters if name in found}, parameters)
+    mismatched = {name for name in parameters if name in found and found[name].shape != parameters[name]}
+    mismatched = mismatched if ignore_mismatched else set()
+    _check_fit({name: found[name] for name in parameters if name in found.keys() - mismatched}, parameters, buffers)
     for alias, owner in tied.items():
         _check_tie(aliases[alias], found.get(owner))
     absent = tuple(head for head in new_heads if not any(name.startswith(head) for name in parameters.keys() & found))
@@ -433,11 +466,13 @@ def compare(
     for name, shape in shapes.items():
         if name in tied:
             reports.append(TensorReport(name, "tied alias", shape, aliases[name]))
+        elif name in mismatched:
+            reports.append(TensorReport(name, "mismatched", shape, found[name]))
         elif name in found:
             status = "loaded" if found[name].name == name else "renamed"
             reports.append(TensorReport(name, status, shape, found[name]))
         else:
-            status = "newly initialised" if name.startswith(absent) else "missing"
+            status = "newly initialised" if name.startswith(absent) or may_be_new(name) else "missing"
             reports.append(TensorReport(name, status, shape))
     for name, extra in found.items():
         if name not in parameters:
@@ -452,15 +487,16 @@ def is_buffer(name: str) -> bool:
     return name.endswith(_BUFFERS)
 
 
-def _check_fit(found: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_fit(found: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]], buffers: Collection[str]) -> None:
     wrong = [
         f"{tensor.name} is {tensor.shape} of {tensor.dtype}, not {shapes[name]} of a floating-point type"
         for name, tensor in found.items()
-        if tensor.shape != shapes[name] or tensor.dtype not in WEIGHT_DTYPES
+        if tensor.shape != shapes[name] or (tensor.dtype not in WEIGHT_DTYPES and name not in buffers)
     ]
     if wrong:
         file = next(iter(found.values())).file
-        raise ValueError(f"{file} does not fit the model that the config describes: {'; '.join(wrong)}")
+        hint = "; ignore_mismatched_sizes=True initialises anew what has another shape"
+        raise ValueError(f"{file} does not fit the model that the config describes: {'; '.join(wrong)}{hint}")
 
 
 def _check_tie(alias: Stored | None, owner: Stored | None) -> None:

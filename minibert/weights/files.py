@@ -67,3 +67,14 @@ def refuse_pointer(path: str | os.PathLike[str]) -> None:
     with open(path, "rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`")
+
+
+def of_variant(name: str, variant: str | None) -> str:
+    """The name that a file has for a variant: the last dot but of an index, which ends in .json, begins its suffix."""
+    if variant is None:
+        return name
+    stem, dot, suffix = name.rpartition(".")
+    if "-of-" in stem:  # model.fp16-00001-of-00002.safetensors
+        first, dash, numbers = stem.partition("-")
+        return f"{first}.{variant}{dash}{numbers}{dot}{suffix}"
+    return f"{stem}.{variant}{dot}{suffix}"

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from minibert.weights.files import sync
+from minibert.weights.files import of_variant, sync
 
 _MODELS = Path(__file__).parents[1] / "models"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -81,6 +81,9 @@ class Source:
             (`local_files_only`, HF_HUB_OFFLINE) of what the cache holds makes no request at all.
         cache_dir: instead of the cache that HF_HOME or HF_HUB_CACHE name.
         token: for private and gated models: a token, True to insist on the stored one, False for none.
+        subfolder: a folder inside, which holds all the files.
+        variant: part of the names of the weights' files: "fp16" for model.fp16.safetensors.
+        formats: how the names of the weights' files may end.
 
     Raises:
         NotADirectoryError: it is a file.
@@ -99,6 +102,9 @@ class Source:
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        formats: tuple[str, ...] = (".safetensors", ".bin"),
     ):
         self.directory = _directory(name_or_path)
         if self.directory is not None:
@@ -108,6 +114,9 @@ class Source:
         self.cache_dir = cache_dir
         self.local_files_only = local_files_only
         self.token = token
+        self.subfolder = subfolder or ""
+        self.variant = variant
+        self.formats = formats
 
     @property
     def is_bundled(self) -> bool:
@@ -116,6 +125,7 @@ class Source:
 
     def file(self, filename: str) -> Path | None:
         """Local path of one file, None if the model has no such file. Offline, what is not cached does not exist."""
+        filename = (PurePosixPath(self.subfolder) / filename).as_posix()
         _check_relative(filename, "filename")
         if self.directory is not None:
             path = self.directory / filename
@@ -131,7 +141,12 @@ class Source:
         Raises FileNotFoundError if there are none or a shard is missing; ValueError if an index names a file
         outside of the model.
         """
-        for filename in WEIGHTS:
+        names = [
+            of_variant(name, self.variant)
+            for name in WEIGHTS
+            if name.removesuffix(".index.json").endswith(self.formats)
+        ]
+        for filename in names:
             path = self.file(filename)
             if path is None:
                 continue
@@ -146,7 +161,7 @@ class Source:
             there = f"; it holds {sorted(os.listdir(self.directory))[:20]}"
         else:
             there = "; offline, only what is in the cache counts" if self._offline() else ""
-        raise FileNotFoundError(f"{self.name} has no weights: looked for {', '.join(WEIGHTS)}{there}")
+        raise FileNotFoundError(f"{self.name} has no weights: looked for {', '.join(names)}{there}")
 
     def _from_hub(self, filename: str) -> Path | None:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache

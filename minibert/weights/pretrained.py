@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
 import os
-from dataclasses import fields
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,7 +22,16 @@ from minibert.weights.ties import KeepsTies, aliases
 
 logger = logging.getLogger("minibert")
 
-_WHERE = ("revision", "cache_dir", "local_files_only", "token")
+_WHERE = ("revision", "cache_dir", "local_files_only", "token", "subfolder", "variant")
+_NEW = ("newly initialised", "mismatched")  # what stands in no file, or with another shape
+_IGNORED_WHEN_SAVING = {"safe_serialization", "token", "save_peft_format", "save_original_format", "save_function",
+                        "distributed_checkpoint", "private", "repo_id", "commit_message"}  # fmt: skip
+# The encoder's own parameters: a model of somebody else's may have others, but these must come from the file
+_ENCODER = re.compile(
+    r"(^|\.)(embeddings\.((word|position|token_type)_embeddings|LayerNorm)|encoder\.layer\.\d+\."
+    r"(attention\.self\.(query|key|value)|(attention\.)?output\.(dense|LayerNorm)|intermediate\.dense))"
+    r"\.(weight|bias)$"
+)
 
 T = TypeVar("T", bound="Pretrained")
 
@@ -35,52 +46,68 @@ class Pretrained(KeepsTies):
     @classmethod
     def from_pretrained(
         cls: type[T],
-        name_or_path: str | os.PathLike | hub.Source,
+        pretrained_model_name_or_path: str | os.PathLike | hub.Source | None = None,
         *,
         config: Any | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        subfolder: str | None = None,
+        variant: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         **changes: Any,
     ) -> T | tuple[T, LoadReport]:
         """Load a model, in eval mode.
 
         Args:
-            name_or_path: a directory, a bundled model, or a name on the Hub; `revision`, `cache_dir`,
-                `local_files_only` and `token` are explained at `minibert.weights.hub.Source`, with the errors.
-            config: instead of the one beside the weights.
+            pretrained_model_name_or_path: a directory, a bundled model, or a name on the Hub; `revision`, `cache_dir`,
+                `local_files_only`, `token`, `subfolder` and `variant` are explained at `minibert.weights.hub.Source`,
+                with the errors. None if both `config` and `state_dict` are given.
+            config: instead of the one beside the weights: a config, or where one lies.
             dtype: of the parameters; default that of the file, but float32 for the bundled model, which is in float16
                 only to be small ("auto": that of the file, always).
             device: where the parameters go; default the CPU.
+            state_dict: tensors by name, instead of those in files.
+            ignore_mismatched_sizes: initialise anew what has another shape in the file (the head, for another number
+                of labels), instead of an error.
             output_loading_info: return (model, report), the report saying what became of every tensor.
             **changes: fields of the config (`num_labels=3`), or further arguments of the class
-                (`add_pooling_layer=False`).
+                (`add_pooling_layer=False`), or what transformers takes: see `minibert.compat.loading`.
 
         Raises:
             ValueError: the config or the weights are damaged, contradict each other, or lack a tensor.
             TypeError: an argument that the class does not have.
         """
-        source = hub.as_source(
-            name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
-        if dtype is None and source.is_bundled:
+        where = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "token": token,
+            "subfolder": subfolder,
+            "variant": variant,
+        }
+        dtype, device, changes = cls._as_ours(dtype, device, changes, where)
+        source = _source(pretrained_model_name_or_path, config, state_dict, where)
+        if dtype is None and source is not None and source.is_bundled:
             dtype = torch.float32
-        dtype, device = as_dtype(dtype), as_device(device)
-        model, report = cls._prepare(source, config, changes)
+        dtype, device, name = as_dtype(dtype), as_device(device), "the state dict" if source is None else source.name
+        model, report = cls._prepare(source, config, changes, state_dict, ignore_mismatched_sizes)
         if missing := report.named("missing"):
-            raise ValueError(f"{source.name} lacks weights of {cls.__name__}: {', '.join(missing)}{_hint(cls, report)}")
+            raise ValueError(f"{name} lacks weights of {cls.__name__}: {', '.join(missing)}{_hint(cls, report)}")
         model._fill(report, dtype, device)
-        _notify(cls.__name__, source.name, report)
+        model.__dict__["_loaded_from"] = name if source is not None else ""
+        _notify(cls.__name__, name, report)
         return (model.eval(), report) if output_loading_info else model.eval()
 
     @classmethod
     def inspect_pretrained(
         cls: type[T],
-        name_or_path: str | os.PathLike | hub.Source,
+        pretrained_model_name_or_path: str | os.PathLike | hub.Source,
         *,
         config: Any | None = None,
         **where_and_changes: Any,
@@ -91,76 +118,154 @@ class Pretrained(KeepsTies):
         report, and no error.
         """
         where = {name: where_and_changes.pop(name) for name in _WHERE if name in where_and_changes}
-        return cls._prepare(hub.as_source(name_or_path, **where), config, where_and_changes)
+        return cls._prepare(hub.as_source(pretrained_model_name_or_path, **where), config, where_and_changes)
 
     @classmethod
-    def _prepare(cls: type[T], source: hub.Source, config: Any | None, changes: dict[str, Any]) -> tuple[T, LoadReport]:
-        """Build the model without memory, and match its parameters with what is stored."""
+    def _as_ours(cls, dtype: Any, device: Any, changes: dict[str, Any], where: dict[str, Any]) -> tuple[Any, Any, dict]:
+        """dtype, device and changes after other libraries' arguments have been understood."""
+        return dtype, device, changes
+
+    @classmethod
+    def _prepare(
+        cls: type[T],
+        source: hub.Source | None,
+        config: Any | None,
+        changes: dict[str, Any],
+        state_dict: Mapping[str, Tensor] | None = None,
+        ignore_mismatched_sizes: bool = False,
+    ) -> tuple[T, LoadReport]:
+        """Build the model, without memory if it is one of ours, and match its parameters with what is stored."""
         options = {name: changes[name] for name in _options(cls) if name in changes}
         changes = {name: value for name, value in changes.items() if name not in options}
-        if config is None:
+        if isinstance(config, (str, os.PathLike)):
+            config = load_config(cls.config_class, hub.as_source(config), changes)
+        elif config is None:
             config = load_config(cls.config_class, source, changes)
         elif changes:
             raise TypeError(f"give either config or its fields ({', '.join(changes)}), not both")
-        stored = checkpoint.open_files(source.weights())
-        with torch.device("meta"), _Uninitialised():
-            model = cls(config, **options)  # has sizes only; what is read takes the place of its parameters
+        if state_dict is None:
+            stored = checkpoint.open_files(source.weights())
+        else:
+            stored = checkpoint.in_memory(state_dict)
+        if _is_ours(cls):
+            with torch.device("meta"), _Uninitialised():
+                model = cls(config, **options)  # has sizes only; what is read takes the place of its parameters
+        else:  # a constructor may do anything: what it makes and the file does not have must stay as it made it
+            model = cls(config, **options)
         report = checkpoint.compare(
             stored,
             {key: tuple(value.shape) for key, value in model.state_dict().items()},
             tied=aliases(model),
             new_heads=cls.new_heads,
             prefix=f"{cls.base_model_prefix}." if hasattr(model, cls.base_model_prefix) else "",
+            buffers={name for name, _ in model.named_buffers()},
+            may_be_new=(lambda name: False) if _is_ours(cls) else (lambda name: not _ENCODER.search(name)),
+            ignore_mismatched=ignore_mismatched_sizes,
         )
         return model, report
 
     def _fill(self, report: LoadReport, dtype: torch.dtype | None, device: torch.device) -> None:
-        """Put the stored tensors in the place of the empty ones, tie, and initialise new heads."""
+        """Put the stored tensors in the place of those there, and initialise new heads."""
         loaded = [tensor for tensor in report.tensors if tensor.status in ("loaded", "renamed")]
         stored = [tensor.stored for tensor in loaded]
         if dtype is None:  # a file of several types becomes what holds them all
-            dtype = stored[0].dtype
-            for other in {tensor.dtype for tensor in stored}:
-                dtype = torch.promote_types(dtype, other)
+            floats = [tensor.dtype for tensor in stored if tensor.dtype in checkpoint.WEIGHT_DTYPES]
+            dtype = functools.reduce(torch.promote_types, floats, floats[0] if floats else torch.float32)
         if device.type == "cpu" and all(tensor.dtype == dtype for tensor in stored):
             data = checkpoint.read(stored)
         else:  # one by one, so that at most one tensor is there twice
-            data = [checkpoint.read([tensor])[0].to(device, dtype) for tensor in stored]
+            data = [_moved(checkpoint.read([tensor])[0], dtype, device) for tensor in stored]
         state = {tensor.name: value for tensor, value in zip(loaded, data, strict=True)}
-        new = report.named("newly initialised")
-        for key in new:
-            state[key] = torch.empty(self.get_parameter(key).shape, dtype=dtype, device=device)
+        if _is_ours(type(self)):
+            self._initialise_modules({key.rpartition(".")[0] for key in report.named(*_NEW)}, dtype, device)
+        else:
+            self._apply(lambda tensor: _moved(tensor, dtype, device, only=torch.get_default_dtype()))
         self.load_state_dict(state, strict=False, assign=True)
-        for module in {key.rpartition(".")[0]: None for key in new}:
-            self._init_weights(self.get_submodule(module))
 
-    def save_pretrained(self, directory: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
+    def _initialise_modules(self, names: set[str], dtype: torch.dtype, device: torch.device) -> None:
+        """Give modules on the meta device memory and initial values."""
+        tied = aliases(self)
+        for name in sorted(names):
+            module = self.get_submodule(name)
+            keys = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
+            blank = {key: torch.empty_like(self.get_parameter(key), dtype=dtype, device=device) for key in keys}
+            self.load_state_dict({k: v for k, v in blank.items() if k not in tied}, strict=False, assign=True)
+            self._init_weights(module)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        **others: Any,
+    ) -> None:
         """Write config.json and model.safetensors (above a size: several files and an index), whole or not at all.
 
         What was in the directory stays until all is on disk; other files there stay for good. A tied parameter is
         stored once. transformers and sentence-transformers open the result.
 
-        Raises NotADirectoryError if `directory` is a file; OSError if it cannot be written, and then nothing has
-        changed; ValueError for a size that cannot be understood.
+        Args:
+            is_main_process: False to do nothing, in all processes but one of a distributed run.
+            state_dict: what to write instead of the model's own.
+            push_to_hub: must be False; `huggingface_hub.upload_folder` uploads what was written.
+            variant: written into the files' names, model.VARIANT.safetensors.
+            **others: what transformers takes besides; without effect here, as only safetensors is written.
+
+        Raises NotADirectoryError if `save_directory` is a file; OSError if it cannot be written, and then nothing has
+        changed; ValueError for an argument that cannot be followed; TypeError for one that nobody knows.
         """
+        if push_to_hub:
+            raise ValueError("push_to_hub=True: save to a directory, then upload it with huggingface_hub.upload_folder")
+        if unknown := sorted(set(others) - _IGNORED_WHEN_SAVING):
+            raise TypeError(f"save_pretrained takes no argument {', '.join(unknown)}")
+        if others.get("safe_serialization") is False:
+            logger.warning("safe_serialization=False: minibert writes safetensors all the same")
+        if not is_main_process:
+            return
         tied = aliases(self)
-        tensors = {name: tensor for name, tensor in self.state_dict().items() if name not in tied}
-        with hub.replacing(directory, stale=checkpoint.is_shard) as staging:
-            write_model(staging, type(self).__name__, self.config, tensors, max_shard_size)
+        tensors = self.state_dict() if state_dict is None else state_dict
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in tied or tied[name] not in tensors}
+        with hub.replacing(save_directory, stale=lambda name: checkpoint.is_shard(name, variant)) as staging:
+            write_model(staging, type(self).__name__, self.config, tensors, max_shard_size, variant)
 
 
 def write_model(
     directory: Path,
     architecture: str,
     config: Any,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     max_shard_size: int | str = "5GB",
+    variant: str | None = None,
 ) -> None:
     """Write config.json and the weights of a model of the class `architecture`."""
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    dtypes = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    dtype = str(next(dtypes, torch.float32)).removeprefix("torch.")
     values = {**config.to_dict(), "architectures": [architecture], "dtype": dtype}
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    checkpoint.write(directory, tensors, max_shard_size)
+    checkpoint.write(directory, tensors, max_shard_size, variant)
+
+
+def _source(name: Any, config: Any, state_dict: Any, where: dict[str, Any]) -> hub.Source | None:
+    """Where a model comes from, None if config and tensors are given."""
+    if name is not None:
+        return hub.as_source(name, **where)
+    if config is None or state_dict is None:
+        raise ValueError("give pretrained_model_name_or_path, or both config and state_dict")
+    return None
+
+
+def _is_ours(cls: type) -> bool:
+    """Whether the constructor is one of this package's, of which all that it makes is known."""
+    return cls.__init__.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device, only: torch.dtype | None = None) -> Tensor:
+    """On the device, and if it is floating point (of the type `only`) in another type."""
+    is_cast = tensor.is_floating_point() and only in (None, tensor.dtype)
+    return tensor.to(device, dtype if is_cast else tensor.dtype)
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -207,8 +312,7 @@ def _options(cls: type) -> list[str]:
 
 def load_config(config_class: type[Any], source: hub.Source, changes: dict[str, Any]) -> Any:
     """The config of a model, with changed fields. Raises TypeError for a change that is none of its fields."""
-    known = [field.name for field in fields(config_class)]
-    unknown = [name for name in changes if name not in known]
+    unknown = [name for name in changes if not config_class.knows(name)]
     if unknown:
         raise TypeError(f"from_pretrained takes no argument {', '.join(unknown)} (nor is it a field of the config)")
     return config_class.from_pretrained(source, **changes)
@@ -228,6 +332,9 @@ def _shortened(names: list[str]) -> str:
 
 def _notify(model: str, name: str, report: LoadReport) -> None:
     """At most one line each about a new head and about tensors that no BERT class knows."""
+    if other := report["mismatched_keys"]:
+        given = ", ".join(f"{key} ({old} in the file, {new} here)" for key, old, new in other)
+        logger.warning("%s from %s: of another shape, so they start untrained: %s", model, name, given)
     if new := report.named("newly initialised"):
         logger.warning("%s from %s: %s start untrained; train them before use", model, name, ", ".join(new))
     if unexpected := report.named("unexpected"):

@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
-from reference import batch_for, twins
+from reference import HEADS, batch_for, twins
 
 import minibert
 from minibert import inputs as inputs_module
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
+SQUARE = torch.ones(3, 3, dtype=torch.long).tril().expand(2, 3, 3)  # each token sees those before it
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,16 @@ def model() -> minibert.BertForPreTraining:
         ({"input_ids": IDS, "attention_mask": torch.ones(2)}, "attention_mask must have shape"),
         ({"input_ids": IDS, "attention_mask": [[1, 1, 1]] * 2}, "attention_mask must be a tensor"),
         ({"input_ids": IDS, "attention_mask": torch.full((2, 3), -1e4)}, "attention_mask must hold 1.*-10000"),
+        ({"input_ids": IDS, "attention_mask": torch.full((2, 3), 0.5)}, "attention_mask must hold 1.*0.5"),
+        ({"input_ids": IDS, "attention_mask": torch.full((2, 3), torch.nan)}, "attention_mask must hold 1.*nan"),
+        ({"input_ids": IDS, "attention_mask": 2 * torch.ones(2, 3).int()}, "attention_mask must hold 1.*to 2"),
+        ({"input_ids": IDS, "attention_mask": (1 - SQUARE) * -10000}, "whole numbers must hold 1.*-10000 to 0"),
+        ({"input_ids": IDS, "attention_mask": (1 - SQUARE[:, None]) * -10000}, "4D.*must hold 1.*-10000 to 0"),
+        ({"input_ids": IDS, "attention_mask": SQUARE.float()}, r"3D.*added to the scores.*mask\.bool\(\)"),
+        ({"input_ids": IDS, "attention_mask": SQUARE[:, None].half()}, r"4D.*added to the scores.*mask\.bool\(\)"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 1, 3)}, "4D.*added to the scores"),
+        ({"input_ids": IDS, "attention_mask": torch.full((2, 3, 3), torch.nan)}, "no NaN"),
+        ({"input_ids": IDS, "attention_mask": torch.full((2, 3, 3), torch.inf)}, r"no NaN and no \+inf"),
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 2, 3, 3)}, "attention_mask must have shape"),
         ({"inputs_embeds": torch.zeros(2, 3, 35)}, r"inputs_embeds.*\(2, 3, 36\).*\(2, 3, 35\)"),
         ({"inputs_embeds": torch.zeros(2, 3, 36, dtype=torch.long)}, "inputs_embeds must be floating point"),
@@ -126,7 +137,7 @@ def test_a_three_dimensional_mask_equals_the_four_dimensional(model):
     three = model(IDS, attention_mask=square).prediction_logits
     assert torch.equal(three, model(IDS, attention_mask=square[:, None].bool()).prediction_logits)
     added = torch.where(square.bool(), 0.0, -torch.inf)
-    torch.testing.assert_close(three, model(IDS, attention_mask=added).prediction_logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(three, model(IDS, attention_mask=added).prediction_logits)  # added: other products
 
 
 def test_padding_without_a_mask_warns_once(model, monkeypatch):
@@ -140,5 +151,59 @@ def test_padding_without_a_mask_warns_once(model, monkeypatch):
         model(padded, attention_mask=torch.tensor([[1, 1, 0]]))
 
 
-def test_integers_of_any_width(model):
-    assert torch.equal(model(IDS).prediction_logits, model(IDS.int()).prediction_logits)
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_ids_of_any_width(model, dtype):
+    segments, positions = torch.tensor([[0, 1, 1]]), torch.tensor([[2, 1, 0]])
+    expected = model(IDS, token_type_ids=segments, position_ids=positions).prediction_logits
+    ids = {"token_type_ids": segments.to(dtype), "position_ids": positions.to(dtype)}
+    assert torch.equal(model(IDS.to(dtype), **ids).prediction_logits, expected)
+    with pytest.raises(ValueError, match="input_ids must be from 0 to 100; got 110"):
+        model((IDS + 100).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "BertModel"])
+def test_labels_of_any_width(head, dtype):
+    model, inputs = twins(head)[1], batch_for(head)
+    narrow = {name: value.to(dtype) for name, value in inputs.items()}
+    assert torch.equal(model(**narrow).loss, model(**inputs).loss)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_numbers_as_labels_of_any_width(problem):
+    model = twins("BertForSequenceClassification")[1]
+    model.config.problem_type = problem
+    labels = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    expected = model(IDS, labels=labels).loss
+    for dtype in (torch.float64, torch.bfloat16):
+        loss = model(IDS, labels=labels.to(dtype)).loss  # numpy's numbers are float64
+        assert torch.equal(loss, expected)
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["input_ids", "token_type_ids", "position_ids", "attention_mask", "inputs_embeds"])
+def test_lists_are_refused_by_name(model, name):
+    inputs = {} if name in ("input_ids", "inputs_embeds") else {"input_ids": IDS}
+    with pytest.raises(ValueError, match=f"{name} must be a tensor.*got list"):
+        model(**inputs, **{name: [[1, 1, 1], [1, 1, 1]]})
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "BertModel"])
+def test_lists_of_labels_are_refused_by_name(head):
+    inputs = batch_for(head)
+    for name in set(inputs) - {"input_ids", "token_type_ids"}:
+        with pytest.raises(ValueError, match=f"{name} must be a tensor.*got list"):
+            twins(head)[1](**{**inputs, name: inputs[name].tolist()})
+    if head == "BertForSequenceClassification":
+        model = twins(head, num_labels=1)[1]
+        with pytest.raises(ValueError, match="labels must be a tensor.*got list"):
+            model(IDS, labels=[0.5, 0.5])
+
+
+def test_a_mask_of_scores_may_hold_any_finite_number(model):
+    scores = torch.tensor([[0.0, 1.0, 2.5], [0.5, 0.0, -3.0], [-torch.inf, -1e4, 0.0]]).expand(2, 3, 3)
+    assert model(IDS, attention_mask=scores).prediction_logits.isfinite().all()
+    assert torch.equal(model(IDS, attention_mask=torch.zeros(2, 1, 1, 3))[0], model(IDS)[0])

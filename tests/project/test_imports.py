@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "compat": {"weights"},
     "config": {"activations", "compat"},
     "inputs": {"config"},
-    "base": {"config", "outputs", "weights"},
+    "base": {"compat", "config", "outputs", "weights"},
     "model": {"activations", "base", "config", "inputs", "outputs"},
     "heads": {"activations", "base", "config", "inputs", "model", "outputs"},
     "text": {"weights"},
