@@ -28,6 +28,18 @@ _HOME = {
     "minibert.pipelines": ["pipeline"],
     "minibert.fast": ["optimize"],
     "minibert.embedding": ["SentenceEncoder"],
+    "minibert.compat.auto": [
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForMaskedLM",
+        "AutoModelForMultipleChoice",
+        "AutoModelForNextSentencePrediction",
+        "AutoModelForPreTraining",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoTokenizer",
+    ],
 }
 _ROOMS = ("parity", "study")  # reached as attributes: minibert.study.trace
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

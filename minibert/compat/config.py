@@ -8,9 +8,12 @@ import json
 import logging
 import os
 from dataclasses import fields
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
+from minibert.compat import loading
 from minibert.weights import hub
+from minibert.weights.files import replacing
 
 logger = logging.getLogger("minibert")
 
@@ -44,7 +47,21 @@ _IRRELEVANT = frozenset(
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
     torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache xla_device""".split()
 )
+# What transformers says where nothing was set; None for the others
+_DEFAULTS = {
+    "use_cache": True,
+    "chunk_size_feed_forward": 0,
+    "gradient_checkpointing": False,
+    "return_dict_in_generate": False,
+    "tie_encoder_decoder": False,
+    "torchscript": False,
+    "_name_or_path": "",
+    "name_or_path": "",
+}
+# Whether there is such a field is itself a question that other libraries ask
+_ASKED_FOR = ("quantization_config", "auto_map", "embedding_size")
 _LABELS = ("num_labels", "id2label", "label2id")
+_WHERE = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
 _MOST_LABELS = 10_000_000
 # What a file says of how it was made, untrue once it is written anew
 _STALE = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "_commit_hash", "_attn_implementation")
@@ -77,6 +94,9 @@ class HubConfig:
     def check(self) -> None:
         """Raise ValueError unless the fields go together."""
 
+    model_type: ClassVar[str] = "bert"
+    attribute_map: ClassVar[dict[str, str]] = {}
+
     @classmethod
     def knows(cls, name: str) -> bool:
         """Whether this is a field that BERT's configs have, of use here or not."""
@@ -91,6 +111,8 @@ class HubConfig:
         if name in _ONLY:
             if value not in _ONLY[name]:
                 raise ValueError(f"{name}={value!r} is not supported: only {_ONLY[name][0]!r}")
+            if name in _ASKED_FOR:
+                self.__dict__[name] = value
         elif name in _LABELS and all(label in self.__dict__ for label in _LABELS):
             if name != "num_labels" or value != self.num_labels:
                 self._set_labels(_agreed(**{name: value}))
@@ -101,8 +123,10 @@ class HubConfig:
             object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:  # asked only for what was never set
-        if name in _ONLY:
+        if name in _ONLY and name not in _ASKED_FOR:
             return copy.copy(_ONLY[name][0])
+        if name in _IRRELEVANT:
+            return _DEFAULTS.get(name)
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def _set_labels(self, names: dict[int, str]) -> None:
@@ -115,7 +139,7 @@ class HubConfig:
         """Set fields that are none of the dataclass, with one line of notice about those that nobody knows."""
         for name, value in values.items():
             setattr(self, name, value)
-        if unknown := sorted(name for name in values if name not in _ONLY and name not in _IRRELEVANT):
+        if unknown := sorted(name for name in values if not self.knows(name)):
             given = ", ".join(f"{name}={values[name]!r}" for name in unknown)
             logger.warning("%s: kept, but of no use here, as no BERT has these fields: %s", type(self).__name__, given)
 
@@ -133,24 +157,50 @@ class HubConfig:
         return cls(**{**values, **changes})
 
     @classmethod
-    def from_pretrained(cls: type[T], name_or_path: str | os.PathLike[str] | hub.Source, **where_and_changes: Any) -> T:
+    def from_pretrained(
+        cls: type[T],
+        pretrained_model_name_or_path: str | os.PathLike[str] | hub.Source,
+        *,
+        return_unused_kwargs: bool = False,
+        **where_and_changes: Any,
+    ) -> T | tuple[T, dict[str, Any]]:
         """Read the config of a directory, a bundled model or a Hub repository.
 
-        Takes `revision`, `cache_dir`, `local_files_only` and `token` as the models do; the rest are changed fields.
-        Raises ValueError for a file that is missing, damaged or says what is not supported.
+        Takes `revision`, `cache_dir`, `local_files_only`, `token` and `subfolder` as the models do, and what
+        transformers takes (see `minibert.compat.loading`); the rest are changed fields. With `return_unused_kwargs`,
+        those that no config has come back beside it. Raises ValueError for a file that is missing, damaged or says what
+        is not supported.
         """
-        where_names = ("revision", "cache_dir", "local_files_only", "token")
-        where = {name: where_and_changes.pop(name) for name in where_names if name in where_and_changes}
+        where = {name: where_and_changes.pop(name) for name in _WHERE if name in where_and_changes}
+        loading.take_ignored(where_and_changes)
+        loading.take_location(where_and_changes, where)
+        unused = {}
+        if return_unused_kwargs:
+            unused = {name: where_and_changes.pop(name) for name in [*where_and_changes] if not cls.knows(name)}
+        config = cls._read(pretrained_model_name_or_path, where, where_and_changes)
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def from_json_file(cls: type[T], json_file: str | os.PathLike[str]) -> T:
+        """Read a config of a file of any name. Raises as `from_pretrained` does."""
+        return cls._of_file(Path(json_file), {})
+
+    @classmethod
+    def _read(cls: type[T], name_or_path: Any, where: dict[str, Any], changes: dict[str, Any]) -> T:
         path = hub.fetch(name_or_path, "config.json", **where)
         if path is None:
             name = name_or_path.name if isinstance(name_or_path, hub.Source) else name_or_path
             raise ValueError(f"{name} has no config.json, which says what model its weights are for")
+        return cls._of_file(path, changes)
+
+    @classmethod
+    def _of_file(cls: type[T], path: Path, changes: dict[str, Any]) -> T:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:  # invalid JSON and invalid UTF-8 both
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         try:
-            return cls.from_dict(values, **where_and_changes)
+            return cls.from_dict(values, **changes)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -161,6 +211,46 @@ class HubConfig:
         del values["num_labels"]  # id2label says it
         # A missing pad_token_id means 0, so that None must be written
         return {name: value for name, value in values.items() if value is not None or name == "pad_token_id"}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The fields that differ from a new config's, and the type."""
+        default = type(self)().to_dict()
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name == "model_type" or name not in default or value != default[name]
+        }
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The fields as JSON: those that differ from a new config's, or all."""
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write the fields to a file of any name, whole or not at all. Raises OSError where that cannot be."""
+        with replacing(json_file_path) as path:
+            path.write_text(self.to_json_string(use_diff), encoding="utf-8")
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False) -> None:
+        """Write config.json, which both libraries open. Raises OSError where that cannot be."""
+        if push_to_hub:
+            raise ValueError("push_to_hub=True: save to a directory, then upload it with huggingface_hub.upload_folder")
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.to_json_file(Path(save_directory) / "config.json", use_diff=False)
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Set several fields, all of them or, if one is refused, none. Raises ValueError naming the field."""
+        changed = copy.copy(self)
+        changed._set_others(config_dict)
+        self.__dict__.update(changed.__dict__)
+
+    def get_text_config(self, **ignored: Any) -> HubConfig:
+        """The config of the part that reads text: this one."""
+        return self
+
+    @property
+    def use_return_dict(self) -> bool:
+        return self.return_dict  # type: ignore[attr-defined]
 
 
 def _agreed(
