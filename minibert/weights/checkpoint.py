@@ -157,21 +157,6 @@ def _check_zip(path: Path) -> None:
                         pass
 
 
-def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """Tensors that are in no file, as if they had been read; copies, so that a model never shares them.
-
-    Raises ValueError for what is not a dense tensor.
-    """
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise ValueError(f"state_dict[{name!r}] is a {type(tensor).__name__}, not a dense tensor")
-    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    return {
-        name: Stored(Path("the state dict"), name, copy.dtype, tuple(copy.shape), copy.nbytes, in_memory=copy)
-        for name, copy in copies.items()
-    }
-
-
 def read(tensors: Collection[Stored]) -> list[Tensor]:
     """The data of tensors, each at a multiple of 64 bytes: mapped from the file where it lies so, else copied.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minibert.weights import checkpoint, hub
-from minibert.weights.checkpoint import LoadReport
+from minibert.weights.checkpoint import LoadReport, Stored
 from minibert.weights.ties import KeepsTies, aliases
 
 logger = logging.getLogger("minibert")
@@ -146,7 +146,7 @@ class Pretrained(KeepsTies):
         if state_dict is None:
             stored = checkpoint.open_files(source.weights())
         else:
-            stored = checkpoint.in_memory(state_dict)
+            stored = _in_memory(state_dict)
         if _is_ours(cls):
             with torch.device("meta"), _Uninitialised():
                 model = cls(config, **options)  # has sizes only; what is read takes the place of its parameters
@@ -255,6 +255,21 @@ def _source(name: Any, config: Any, state_dict: Any, where: dict[str, Any]) -> h
     if config is None or state_dict is None:
         raise ValueError("give pretrained_model_name_or_path, or both config and state_dict")
     return None
+
+
+def _in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """Tensors that are in no file, as if they had been read; copies, so that a model never shares them.
+
+    Raises ValueError for what is not a dense tensor.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"state_dict[{name!r}] is a {type(tensor).__name__}, not a dense tensor")
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    return {
+        name: Stored(Path("the state dict"), name, copy.dtype, tuple(copy.shape), copy.nbytes, in_memory=copy)
+        for name, copy in copies.items()
+    }
 
 
 def _is_ours(cls: type) -> bool:

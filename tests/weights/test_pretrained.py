@@ -335,7 +335,7 @@ def test_missing_files(tmp_path: Path) -> None:
 def test_wrong_arguments(tmp_path: Path) -> None:
     path = write(tmp_path, weights(new()))
     for arguments, error, message in (
-        ({"torch_dtype": torch.float16}, TypeError, "no argument torch_dtype"),
+        ({"torch_type": torch.float16}, TypeError, "no argument torch_type"),
         ({"dtype": "int8"}, ValueError, "dtype='int8': must be None or one of fp32, fp16"),
         ({"dtype": torch.int8}, ValueError, "must be None or one of"),
         ({"config": CONFIG, "num_labels": 3}, TypeError, "either config or its fields"),
