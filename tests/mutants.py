@@ -299,3 +299,83 @@ def a_layer_left_out(model):
 def one_weight_changed(model):
     with torch.no_grad():
         encoder(model).encoder.layer[1].intermediate.dense.weight[3, 3] += 0.01
+
+
+@fault
+def norm_with_unbiased_variance(model):
+    def forward(self, x):
+        return (x - x.mean(-1, True)) / (x.var(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias  # fault
+
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer.output.LayerNorm, forward)
+
+
+@fault
+def mask_on_queries(model):
+    with_attention(model, lambda q, k, v, mask: plain(q, k, v, None if mask is None else mask.mT))
+
+
+@fault
+def mask_after_softmax(model):
+    def kernel(query, key, value, mask):
+        weights = F.softmax(torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5, dim=-1)  # fault
+        return torch.matmul(weights if mask is None else weights * mask, value)
+
+    with_attention(model, kernel)
+
+
+@fault
+def values_of_another_head(model):
+    with_attention(model, lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v.roll(1, 1), mask))  # fault
+
+
+@fault
+def segments_and_positions_exchanged(model):
+    def forward(self, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None):
+        positions = torch.arange(input_ids.shape[1])[None]
+        segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(positions % 2)  # fault
+        return self.LayerNorm(x + self.position_embeddings(segments))
+
+    replace_forward(encoder(model).embeddings, forward)
+
+
+@fault
+def embeddings_without_norm(model):
+    def forward(self, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None):
+        positions = torch.arange(input_ids.shape[1])[None]
+        segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(segments)
+        return x + self.position_embeddings(positions)  # fault
+
+    replace_forward(encoder(model).embeddings, forward)
+
+
+@fault
+def next_sentence_exchanged(model):
+    replace_forward(model.cls.seq_relationship, lambda self, x: F.linear(x, self.weight, self.bias).flip(-1))  # fault
+
+
+@fault
+def decoder_untied(model):
+    head = model.cls.predictions
+    head.decoder.weight = nn.Parameter(head.decoder.weight.detach().clone())
+
+
+@fault
+def decoder_without_bias(model):
+    replace_forward(model.cls.predictions.decoder, lambda self, x: F.linear(x, self.weight))  # fault
+
+
+@fault
+def transform_without_norm(model):
+    def forward(self, hidden_states):
+        return self.transform_act_fn(self.dense(hidden_states))  # fault
+
+    replace_forward(model.cls.predictions.transform, forward)
+
+
+@fault
+def activation_twice(model):
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer.intermediate.intermediate_act_fn, lambda self, x: F.gelu(F.gelu(x)))  # fault

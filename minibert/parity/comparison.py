@@ -41,10 +41,11 @@ class Side:
             start = f"{number}."
             found = {key[len(start) :]: value for key, value in self.golden.items() if key.startswith(start)}
             return {key: value for key, value in (found or self.golden).items() if value.is_floating_point()}
-        result = self.run(**case.inputs)
+        device = next((p.device for p in self.module.parameters()), None) if self.module is not None else None
+        result = self.run(**{name: x if device is None else x.to(device) for name, x in case.inputs.items()})
         if not hasattr(result, "items"):
             result = {str(i): x for i, x in enumerate(result if isinstance(result, tuple | list) else [result])}
-        tensors = {key: torch.as_tensor(x) for key, x in result.items() if hasattr(x, "shape")}
+        tensors = {key: torch.as_tensor(x).cpu() for key, x in result.items() if hasattr(x, "shape")}
         return {key: value.detach() for key, value in tensors.items() if value.is_floating_point()}
 
 
@@ -211,7 +212,7 @@ class _Comparison:
         if side.module is None:
             return None
         try:
-            return Side(side.name, steps.in_float64(side.module), torch.float64)
+            return Side(side.name, steps.in_float64(side.module, self.dtype), torch.float64)
         except (RuntimeError, ValueError, TypeError) as error:
             self.notes.append(f"{side.name} does not compute in float64: {str(error).splitlines()[0]}")
             return None
@@ -256,10 +257,11 @@ class _Comparison:
     def _steps(self) -> tuple[list[Row], Diagnosis]:
         if self.own64 is None or self.theirs64 is None:
             return [], Diagnosis()
-        chosen = few(self.cases, self.worst)
+        chosen, modules = few(self.cases, self.worst), (self.own.module, self.theirs.module)
         try:
-            rows = steps.rows(self.own.module, self.theirs.module, chosen, self.dtype)
-            if not rows:
+            here = all(p.device.type == "cpu" for module in modules for p in module.parameters())
+            rows = steps.rows(*modules, chosen, self.dtype) if here else []
+            if here and not rows:
                 return [], Diagnosis(notes=["no step has the same name on both sides: outputs alone are compared"])
             return rows, steps.diagnose(self.own64.module, self.theirs64.module, chosen, self.dtype)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -97,7 +97,7 @@ def synthetic(config: Any, head: str = "") -> Iterator[Case]:
     """Random ids of every length, under every mask, in both segments; at the longest, whole and padded only."""
     random, longest = torch.Generator().manual_seed(0), config.max_position_embeddings
     for T in sorted({*(T for T in LENGTHS if T < longest), longest}):
-        B = 2 if T == longest else 3
+        B = 1 if T == 1 else 2 if T == longest else 3
         shape = (B, 2, T) if head == "BertForMultipleChoice" else (B, T)
         ids = torch.randint(1, config.vocab_size, shape, generator=random)
         segments = torch.randint(config.type_vocab_size, shape, generator=random)
@@ -108,6 +108,7 @@ def synthetic(config: Any, head: str = "") -> Iterator[Case]:
             if mask is not None:
                 inputs["attention_mask"] = mask if len(shape) == 2 else mask[:, None].repeat(1, 2, 1)
             yield Case(f"{T} tokens, mask {name}", inputs)
+    yield Case(f"{T} tokens, ids alone, one row", {"input_ids": ids[:1]})
 
 
 def encoded(texts: Sequence[str], tokenizer: Any, config: Any) -> Iterator[Case]:

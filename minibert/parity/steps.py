@@ -77,13 +77,21 @@ class Diagnosis:
     notes: list[str] = field(default_factory=list)
 
 
-def in_float64(model: nn.Module) -> nn.Module:
-    """A copy that computes in float64, in the same mode; weights keep the values that their own dtype gave them."""
+def in_float64(model: nn.Module, rounded_to: torch.dtype | None = None) -> nn.Module:
+    """A copy on the CPU that computes in float64, in the same mode.
+
+    Weights keep the values that their dtype gave them, or those that `rounded_to` gives them: rounding of weights is
+    the dtype's choice and no error of what computes with them.
+    """
     if hasattr(model, "plan") and isinstance(getattr(model, "model", None), nn.Module):  # a fast path
         from minibert.fast import optimize
 
-        return optimize(copy.deepcopy(model.model).double())
-    return copy.deepcopy(model).double()
+        return optimize(in_float64(model.model, rounded_to))
+    model = copy.deepcopy(model)
+    for tensor in (*model.parameters(), *model.buffers()):  # not .double(), which may tie what was not tied
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(rounded_to or tensor.dtype).double().cpu()
+    return model
 
 
 @torch.no_grad()
