@@ -25,7 +25,17 @@ _HOME = {
         "NextSentence",
     ],
     "minibert.text.tokenizer": ["BatchEncoding", "BertTokenizer", "BertTokenizerFast"],
-    "minibert.pipelines": ["pipeline"],
+    "minibert.pipelines": [
+        "FeatureExtractionPipeline",
+        "FillMaskPipeline",
+        "NextSentencePipeline",
+        "Pipeline",
+        "QuestionAnsweringPipeline",
+        "TextClassificationPipeline",
+        "TokenClassificationPipeline",
+        "ZeroShotClassificationPipeline",
+        "pipeline",
+    ],
     "minibert.fast": ["optimize"],
     "minibert.embedding": ["SentenceEncoder"],
     "minibert.compat.auto": [

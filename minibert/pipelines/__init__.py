@@ -22,7 +22,21 @@ from minibert.text.tokenizer import BertTokenizer
 from minibert.weights import hub
 from minibert.weights.pretrained import load_config
 
-__all__ = ["PIPELINES", "PRETRAINED", "Pipeline", "batches", "chosen_device", "pipeline"]
+__all__ = [
+    "PIPELINES",
+    "PRETRAINED",
+    "FeatureExtractionPipeline",
+    "FillMaskPipeline",
+    "NextSentencePipeline",
+    "Pipeline",
+    "QuestionAnsweringPipeline",
+    "TextClassificationPipeline",
+    "TokenClassificationPipeline",
+    "ZeroShotClassificationPipeline",
+    "batches",
+    "chosen_device",
+    "pipeline",
+]
 
 PIPELINES: dict[str, type[Pipeline]] = {
     kind.task: kind
