@@ -36,6 +36,8 @@ class BertPreTrainedModel(HubModel, Pretrained):
                 if not module.__dict__.get("is_initialised", False):
                     self._init_weights(module)
                     module.is_initialised = True  # type: ignore[assignment]
+        if self.config.gradient_checkpointing and self.base_model is self:
+            self.gradient_checkpointing_enable()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

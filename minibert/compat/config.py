@@ -55,6 +55,7 @@ _DEFAULTS = {
     "return_dict_in_generate": False,
     "tie_encoder_decoder": False,
     "torchscript": False,
+    "_attn_implementation": "sdpa",
     "_name_or_path": "",
     "name_or_path": "",
 }
@@ -62,6 +63,7 @@ _DEFAULTS = {
 _ASKED_FOR = ("quantization_config", "auto_map", "embedding_size")
 _LABELS = ("num_labels", "id2label", "label2id")
 _WHERE = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
+_ATTENTION = ("_attn_implementation", "attn_implementation")  # two spellings
 _MOST_LABELS = 10_000_000
 # What a file says of how it was made, untrue once it is written anew
 _STALE = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "_commit_hash", "_attn_implementation")
@@ -96,6 +98,9 @@ class HubConfig:
 
     model_type: ClassVar[str] = "bert"
     attribute_map: ClassVar[dict[str, str]] = {}
+    sub_configs: ClassVar[dict[str, Any]] = {}
+    base_model_tp_plan: ClassVar[None] = None
+    base_model_pp_plan: ClassVar[None] = None
 
     @classmethod
     def knows(cls, name: str) -> bool:
@@ -108,7 +113,10 @@ class HubConfig:
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _ONLY:
+        if name in _ATTENTION:
+            loading.check_attention(value)
+            self.__dict__["_attn_implementation"] = value
+        elif name in _ONLY:
             if value not in _ONLY[name]:
                 raise ValueError(f"{name}={value!r} is not supported: only {_ONLY[name][0]!r}")
             if name in _ASKED_FOR:
@@ -125,6 +133,8 @@ class HubConfig:
     def __getattr__(self, name: str) -> Any:  # asked only for what was never set
         if name in _ONLY and name not in _ASKED_FOR:
             return copy.copy(_ONLY[name][0])
+        if name in _ATTENTION:
+            return self.__dict__.get("_attn_implementation") or _DEFAULTS["_attn_implementation"]
         if name in _IRRELEVANT:
             return _DEFAULTS.get(name)
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
@@ -200,6 +210,8 @@ class HubConfig:
         except ValueError as error:  # invalid JSON and invalid UTF-8 both
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         try:
+            if isinstance(values, dict):  # how attention was computed there says nothing about here
+                values = {name: value for name, value in values.items() if name not in _ATTENTION}
             return cls.from_dict(values, **changes)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None

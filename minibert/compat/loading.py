@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+ATTENTIONS = (None, "sdpa", "eager")  # one kernel computes here, and maps are there when asked for
 # Without effect here: how transformers loads, and what it executes
 IGNORED = frozenset(
     """low_cpu_mem_usage trust_remote_code resume_download proxies weights_only mirror code_revision _fast_init
@@ -62,3 +63,9 @@ def one_device(device_map: Any) -> Any:
     if device_map == "disk":
         raise ValueError('device_map="disk": minibert computes from memory; name a device')
     return f"cuda:{device_map}" if type(device_map) is int else device_map
+
+
+def check_attention(name: str | None) -> None:
+    """Raise ValueError for an attention implementation that is not here."""
+    if name not in ATTENTIONS:
+        raise ValueError(f"attn_implementation={name!r}: must be None or one of sdpa, eager")

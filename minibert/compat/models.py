@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from minibert.compat import loading
 
-ATTENTIONS = ("sdpa", "eager")  # both names are taken; here one kernel computes, and maps are there when asked for
-
 
 class HubModel(nn.Module):
     """The base of BertPreTrainedModel: names, switches and counts; resizing the vocabulary.
@@ -33,14 +31,17 @@ class HubModel(nn.Module):
     _no_split_modules: ClassVar[list[str]] = ["BertEmbeddings", "BertLayer"]
     _supports_sdpa: ClassVar[bool] = True
     _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
+    _keys_to_ignore_on_load_missing: ClassVar[list[str] | None] = None
+    _keep_in_fp32_modules: ClassVar[list[str] | None] = None
 
     @classmethod
     def _from_config(cls, config: Any, **options: Any) -> Any:
         """A new model of a copy of a config, as `AutoModel.from_config` makes one. Takes `dtype` and `torch_dtype`."""
         dtype = options.pop("dtype", options.pop("torch_dtype", None))
-        check_attention(options.pop("attn_implementation", None))
+        config = copy.deepcopy(config)
+        config.attn_implementation = options.pop("attn_implementation", config.attn_implementation)
         options.pop("trust_remote_code", None)  # nothing is ever executed
-        model = cls(copy.deepcopy(config), **options)
+        model = cls(config, **options)
         return (
             model if dtype in (None, "auto") else model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         )
@@ -51,14 +52,27 @@ class HubModel(nn.Module):
         options = dict(changes)
         loading.take_ignored(options)
         loading.take_location(options, where)
-        check_attention(options.pop("attn_implementation", None))
+        loading.check_attention(options.get("attn_implementation"))
         dtype = loading.one_of(("dtype", "torch_dtype"), dtype, options.pop("torch_dtype", None))
         device_map = loading.one_device(options.pop("device_map", None))
         return dtype, loading.one_of(("device", "device_map"), device, device_map), options
 
+    @classmethod
+    def _prepare(cls, source: Any, config: Any, changes: dict[str, Any], *others: Any) -> tuple[Any, Any]:
+        attention = changes.get("attn_implementation")
+        changes = {name: value for name, value in changes.items() if name != "attn_implementation"}
+        model, report = super()._prepare(source, config, changes, *others)  # type: ignore[misc]
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return model, report
+
     @property
     def num_labels(self) -> int:
         return self.config.num_labels
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
 
     @property
     def name_or_path(self) -> str:
@@ -79,8 +93,13 @@ class HubModel(nn.Module):
     def all_tied_weights_keys(self) -> dict[str, str]:
         return self._tied_weights_keys
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         return False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
     def init_weights(self) -> None:
         """Initialise what has not been yet; a loaded model stays as it is."""
@@ -139,7 +158,7 @@ class HubModel(nn.Module):
 
         Raises ValueError for any other name.
         """
-        check_attention(attn_implementation)
+        self.config.attn_implementation = attn_implementation
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -249,9 +268,3 @@ def rows_around_the_mean(rows: Tensor, count: int) -> Tensor:
     if constraints.positive_definite.check(covariance).all():
         return MultivariateNormal(mean, covariance_matrix=covariance).sample((count,)).to(rows.dtype)
     return mean.expand(count, -1).to(rows.dtype)
-
-
-def check_attention(name: str | None) -> None:
-    """Raise ValueError for an attention implementation that is not here."""
-    if name is not None and name not in ATTENTIONS:
-        raise ValueError(f"attn_implementation={name!r}: must be None or one of {', '.join(ATTENTIONS)}")

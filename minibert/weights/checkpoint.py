@@ -371,7 +371,7 @@ class TensorReport:
 class LoadReport:
     """What became of every tensor of a model and of its files.
 
-    `report["missing_keys"]`, "unexpected_keys", "mismatched_keys" and "error_msgs" are as in transformers.
+    `missing_keys`, `unexpected_keys` and `mismatched_keys`, attributes and keys, are as in transformers.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -380,18 +380,27 @@ class LoadReport:
         """Names of the tensors with one of the given statuses."""
         return [tensor.name for tensor in self.tensors if tensor.status in statuses]
 
-    def __getitem__(self, key: str) -> list[Any]:
-        lists: dict[str, list[Any]] = {
-            "missing_keys": self.named("newly initialised", "missing"),
-            "unexpected_keys": self.named("expected extra", "unexpected"),
-            "mismatched_keys": [
-                (tensor.name, tensor.stored.shape, tensor.shape)
-                for tensor in self.tensors
-                if tensor.status == "mismatched" and tensor.stored is not None
-            ],
-            "error_msgs": [],
-        }
-        return lists[key]
+    @property
+    def missing_keys(self) -> set[str]:
+        return set(self.named("newly initialised", "missing"))
+
+    @property
+    def unexpected_keys(self) -> set[str]:
+        return set(self.named("expected extra", "unexpected"))
+
+    @property
+    def mismatched_keys(self) -> set[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """(name, shape in the file, shape here)."""
+        mismatched = [tensor for tensor in self.tensors if tensor.status == "mismatched"]
+        return {(tensor.name, tensor.stored.shape, tensor.shape) for tensor in mismatched if tensor.stored is not None}
+
+    def keys(self) -> list[str]:
+        return ["missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"]
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(f"{key!r}: a report has {', '.join(self.keys())}")
+        return [] if key == "error_msgs" else getattr(self, key)  # what would be one is raised here
 
     def to_dict(self) -> list[dict[str, Any]]:
         """The manifest, ready for JSON; reads the files for the hashes."""

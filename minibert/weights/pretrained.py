@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -83,6 +84,8 @@ class Pretrained(KeepsTies):
             ValueError: the config or the weights are damaged, contradict each other, or lack a tensor.
             TypeError: an argument that the class does not have.
         """
+        if torch.get_default_device().type == "meta":
+            raise RuntimeError("from_pretrained under torch.device('meta') would lose what it reads: call it outside")
         where = {
             "revision": revision,
             "cache_dir": cache_dir,
@@ -143,6 +146,8 @@ class Pretrained(KeepsTies):
             config = load_config(cls.config_class, source, changes)
         elif changes:
             raise TypeError(f"give either config or its fields ({', '.join(changes)}), not both")
+        else:
+            config = copy.deepcopy(config)  # the caller may go on changing it
         if state_dict is None:
             stored = checkpoint.open_files(source.weights())
         else:
@@ -347,7 +352,7 @@ def _shortened(names: list[str]) -> str:
 
 def _notify(model: str, name: str, report: LoadReport) -> None:
     """At most one line each about a new head and about tensors that no BERT class knows."""
-    if other := report["mismatched_keys"]:
+    if other := sorted(report.mismatched_keys):
         given = ", ".join(f"{key} ({old} in the file, {new} here)" for key, old, new in other)
         logger.warning("%s from %s: of another shape, so they start untrained: %s", model, name, given)
     if new := report.named("newly initialised"):

@@ -94,6 +94,7 @@ def test_gradient_checkpointing_and_inputs_that_require_gradients():
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="debug: only use_reentrant"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"debug": True})
+    assert BertForSequenceClassification(BertConfig(**TINY, gradient_checkpointing=True)).is_gradient_checkpointing
     model.requires_grad_(False)
     assert not model(IDS).logits.requires_grad
     model.enable_input_require_grads()
@@ -105,7 +106,11 @@ def test_gradient_checkpointing_and_inputs_that_require_gradients():
 
 def test_attention_implementations_by_name():
     model = BertModel(BertConfig(**TINY))
+    assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == model.config.attn_implementation == "eager"
+    assert BertModel(BertConfig(**TINY, attn_implementation="eager")).config._attn_implementation == "eager"
+    assert "_attn_implementation" not in model.config.to_dict()
     with pytest.raises(ValueError, match="attn_implementation='flash_attention_2': must be None or one of sdpa, eager"):
         model.set_attn_implementation("flash_attention_2")
 
@@ -194,7 +199,7 @@ def test_what_a_users_model_saved_comes_back(tmp_path):
         own.steps += 2
     own.save_pretrained(tmp_path)
     again, report = Own.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
-    assert report["missing_keys"] == []
+    assert report["missing_keys"] == set()
     assert torch.equal(again.gate, torch.full((4,), 3.0, dtype=torch.bfloat16))
     assert torch.equal(again.steps, torch.arange(5) + 2)  # whole numbers stay whole
     assert again.passing.dtype == again.dtype == torch.bfloat16
@@ -229,8 +234,9 @@ def test_another_number_of_labels(tmp_path, classifier, caplog):
     with caplog.at_level(logging.WARNING, "minibert"):
         model, report = BertForSequenceClassification.from_pretrained(tmp_path, **options)
     _, theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path, **options)
-    assert set(report["mismatched_keys"]) == {(key, tuple(a), tuple(b)) for key, a, b in theirs["mismatched_keys"]}
-    assert report["missing_keys"] == report["unexpected_keys"] == []
+    assert report["mismatched_keys"] == report.mismatched_keys
+    assert report.mismatched_keys == {(key, tuple(a), tuple(b)) for key, a, b in theirs["mismatched_keys"]}
+    assert report["missing_keys"] == report["unexpected_keys"] == set()
     assert "classifier.weight ((2, 36) in the file, (5, 36) here)" in caplog.text
     assert (model.classifier.bias == 0).all()
     assert 0.01 < model.classifier.weight.std() < 0.03
@@ -251,6 +257,10 @@ def test_transformers_arguments_are_taken(tmp_path, classifier):
     )
     assert model.dtype == torch.float16
     assert model.name_or_path == str(tmp_path)
+    assert model.config._attn_implementation == "eager"
+    given = BertConfig(**TINY)
+    model = BertForSequenceClassification.from_pretrained(tmp_path, config=given, attn_implementation="eager")
+    assert (given._attn_implementation, model.config._attn_implementation) == ("sdpa", "eager")
     for device_map in ("cpu", {"": "cpu"}, {"bert": "cpu", "classifier": "cpu"}, torch.device("cpu")):
         assert BertForSequenceClassification.from_pretrained(tmp_path, device_map=device_map).device.type == "cpu"
 
@@ -276,6 +286,11 @@ def test_transformers_arguments_are_taken(tmp_path, classifier):
 def test_arguments_that_are_refused(tmp_path, classifier, arguments, error, message):
     with pytest.raises(error, match=message):
         BertForSequenceClassification.from_pretrained(tmp_path, **arguments)
+
+
+def test_not_under_the_meta_device(tmp_path, classifier):
+    with torch.device("meta"), pytest.raises(RuntimeError, match="would lose what it reads"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_a_state_dict_instead_of_files(tmp_path, classifier):

@@ -187,7 +187,7 @@ def test_report(tmp_path: Path) -> None:
             digest = hashlib.sha256(tensors[entry["source"]].numpy().tobytes()).hexdigest()
             assert (entry["sha256"], entry["dtype"], entry["file"]) == (digest, "float32", "model.safetensors")
     assert json.dumps(report.to_dict())
-    assert report["missing_keys"] == report["unexpected_keys"] == report["mismatched_keys"] == []
+    assert report["missing_keys"] == report["unexpected_keys"] == report["mismatched_keys"] == set()
 
 
 def test_converting_back_gives_equal_bytes(tmp_path: Path, rxnfp_dir: Path) -> None:
@@ -215,7 +215,8 @@ def test_new_head_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     model, report = minibert.BertForSequenceClassification.from_pretrained(path, num_labels=3, output_loading_info=True)
     (line,) = said(caplog)
     assert "classifier.weight, classifier.bias" in line
-    assert report.named("newly initialised") == report["missing_keys"] == ["classifier.weight", "classifier.bias"]
+    assert report.named("newly initialised") == ["classifier.weight", "classifier.bias"]
+    assert report.missing_keys == report["missing_keys"] == {"classifier.weight", "classifier.bias"}
     assert model.classifier.weight.shape == (3, 32)
     assert 0.01 < model.classifier.weight.std() < 0.03
     assert not model.classifier.bias.any()
