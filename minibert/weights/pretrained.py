@@ -84,8 +84,6 @@ class Pretrained(KeepsTies):
             ValueError: the config or the weights are damaged, contradict each other, or lack a tensor.
             TypeError: an argument that the class does not have.
         """
-        if torch.get_default_device().type == "meta":
-            raise RuntimeError("from_pretrained under torch.device('meta') would lose what it reads: call it outside")
         where = {
             "revision": revision,
             "cache_dir": cache_dir,
@@ -255,6 +253,8 @@ def write_model(
 
 def _source(name: Any, config: Any, state_dict: Any, where: dict[str, Any]) -> hub.Source | None:
     """Where a model comes from, None if config and tensors are given."""
+    if torch.get_default_device().type == "meta":
+        raise RuntimeError("from_pretrained under torch.device('meta') would lose what it reads: call it outside")
     if name is not None:
         return hub.as_source(name, **where)
     if config is None or state_dict is None:
