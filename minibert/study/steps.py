@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from torch import nn
+
 PAPERS = {
     "BERT": "Devlin et al. 2019, arXiv 1810.04805",
     "Transformer": "Vaswani et al. 2017, arXiv 1706.03762",
@@ -110,3 +112,25 @@ def google_variable(parameter: str) -> str | None:
     elif last == "weight":
         last = "" if path.endswith("_embeddings") else "kernel"
     return f"{path}.{last}".rstrip(".").replace(".", "/")
+
+
+class Name(NamedTuple):
+    """A module or parameter, `shape` None for a module, and what Google's TensorFlow code calls it."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    google: str | None
+    transposed: bool
+
+
+def names(model: nn.Module) -> list[Name]:
+    """Every module and every parameter of a model once, in the order of the tree, a tied parameter under each name."""
+    rows = []
+    for path, module in model.named_modules():
+        scope = re.sub(r"layer\.(\d+)", r"layer_\1", path).replace(".", "/")
+        rows.append(Name(path, None, scope or None, False))
+        for last, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{last}".lstrip(".")
+            transposed = isinstance(module, nn.Linear) and (google_variable(name) or "").endswith("/kernel")
+            rows.append(Name(name, tuple(parameter.shape), google_variable(name), transposed))
+    return rows

@@ -1,0 +1,156 @@
+"""Questions to a trace: what does each layer say already (lens), what did the answer depend on (attribute), and what
+happens without a part (patch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minibert.study.trace import Trace, trace
+
+METHODS = ("leave_one_out", "gradient_x_input", "attention", "rollout")
+
+
+@dataclass(eq=False)
+class Lens:
+    """What the MLM head says of the states after `layer` layers, 0 being the embeddings: ids and probabilities of the
+    likeliest words, (B, T, k); the probabilities of next sentence, (B, 2), where the model has that head too."""
+
+    layer: int
+    ids: Tensor
+    probabilities: Tensor
+    next_sentence: Tensor | None
+
+
+@torch.no_grad()
+def lens(model: nn.Module, seen: Trace, k: int = 5, at: list[int] | None = None) -> list[Lens]:
+    """The heads on the states of every layer; the last is what the model answers, earlier ones were never trained so.
+
+    at: the numbers of the tokens to look at, all if not given. Raises ValueError for a model without a masked-language-model head.
+    """
+    heads = getattr(model, "cls", None)
+    if not hasattr(heads, "predictions"):
+        raise ValueError(f"model: {type(model).__name__} has no MLM head; BertForMaskedLM and BertForPreTraining have")
+    pooler = model.bert.pooler if hasattr(heads, "seq_relationship") else None
+    result = []
+    for layer, state in enumerate(seen.states):
+        top = heads.predictions(state if at is None else state[:, at]).float().softmax(-1).topk(k)
+        next_sentence = heads.seq_relationship(pooler(state)).float().softmax(-1) if pooler else None
+        result.append(Lens(layer, top.indices, top.values, next_sentence))
+    return result
+
+
+def attribute(
+    model: nn.Module, inputs: Mapping[str, Any], at: int, method: str = "leave_one_out", target: int | None = None
+) -> Tensor:
+    """How much each token of one text mattered for the word at token `at`, (T,).
+
+    leave_one_out: the log-probability lost when no other token may attend to this one. gradient_x_input: the gradient
+    of the log-probability times the word's embedding. attention: the mean weight over all heads and layers. rollout:
+    attention through all layers, half of each being the residual (Abnar and Zuidema 2020, section 3).
+
+    Args:
+        at: the number of the token whose answer is asked about.
+        target: the id of the word; default the likeliest.
+
+    Raises ValueError for another method, more than one text, a token that is not there, a model without MLM head.
+    """
+    ids = inputs["input_ids"]
+    if method not in METHODS or ids.shape[0] != 1 or not 0 <= at < ids.shape[1]:
+        raise ValueError(f"attribute: method is one of {', '.join(METHODS)}, input_ids one text (1, T) and `at` one of "
+                         f"its tokens; got {method!r}, {tuple(ids.shape)} and {at}")  # fmt: skip
+    T = ids.shape[1]
+    if method in ("attention", "rollout"):
+        weights = [layer[0].float().mean(0) for layer in trace(model, inputs).attentions]  # (H, T, T) -> (T, T)
+        if method == "attention":
+            return torch.stack(weights).mean(0)[at]
+        rolled = torch.eye(T)
+        for layer in weights:
+            rolled = (layer + torch.eye(T)) / 2 @ rolled
+        return rolled[at]
+    target = log_probabilities(model, inputs)[0, at].argmax().item() if target is None else target
+    if method == "gradient_x_input":
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+        with torch.enable_grad():
+            answer = log_probabilities(model, {**rest, "inputs_embeds": embeds})[0, at, target]
+        return (torch.autograd.grad(answer, embeds)[0] * embeds).sum(-1)[0].detach()  # (1, T, D) -> (T,)
+    return leave_out(model, inputs, at, target, [[i] for i in range(T)])
+
+
+@torch.no_grad()
+def leave_out(model: nn.Module, inputs: Mapping[str, Any], at: int, target: int, groups: list[list[int]]) -> Tensor:
+    """The log-probability of `target` at `at` that is lost when nobody may attend to a group of tokens, one a group."""
+    before = log_probabilities(model, inputs)[0, at, target]
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    lost = []
+    for group in groups:
+        left = mask.clone()
+        left[0, group] = 0
+        lost.append(before - log_probabilities(model, {**inputs, "attention_mask": left})[0, at, target])
+    return torch.stack(lost)
+
+
+def log_probabilities(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Of every word at every token, (B, T, V)."""
+    if not hasattr(getattr(model, "cls", None), "predictions"):
+        raise ValueError(f"model: {type(model).__name__} has no MLM head; BertForMaskedLM and BertForPreTraining have")
+    output = model(**inputs)
+    logits = output.logits if "logits" in output else output.prediction_logits
+    return logits.float().log_softmax(-1)
+
+
+class zero_head:  # noqa: N801: used like a function
+    """For `patch`, at an `attention.output.dense`: these heads' part of what goes in is 0."""
+
+    def __init__(self, *heads: int):
+        self.heads = heads
+
+
+Patch = nn.Module | zero_head | Callable[[Any], Any]
+
+
+@contextmanager
+def patch(model: nn.Module, parts: Mapping[str, Patch]) -> Iterator[nn.Module]:
+    """While the context lasts, parts of the model do something else; afterwards, an error included, all is as before.
+
+    Args:
+        parts: for each module's name, another module to run in its place, a function of its output whose result goes
+            on instead, or `zero_head(...)`.
+
+    Raises ValueError for a name that is not there, or heads that are not there.
+    """
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+        for name, new in parts.items():
+            if name not in modules or not name:
+                raise ValueError(f"patch: this {type(model).__name__} has no module {name!r}")
+            module = modules[name]
+            if isinstance(new, nn.Module):
+                parent, _, child = name.rpartition(".")
+                stack.callback(setattr, model.get_submodule(parent), child, module)
+                setattr(model.get_submodule(parent), child, new)
+            elif isinstance(new, zero_head):
+                stack.callback(module.register_forward_pre_hook(_without(model, name, new.heads)).remove)
+            else:
+                hook = module.register_forward_hook(lambda module, args, output, new=new: new(output))
+                stack.callback(hook.remove)
+        yield model
+
+
+def _without(model: nn.Module, name: str, heads: tuple[int, ...]) -> Callable[..., Any]:
+    H = model.config.num_attention_heads
+    if not name.endswith("attention.output.dense") or not all(0 <= head < H for head in heads):
+        raise ValueError(f"zero_head{heads} at {name!r}: heads 0 to {H - 1} meet in an attention.output.dense")
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        kept = torch.ones(H, dtype=args[0].dtype, device=args[0].device)
+        kept[list(heads)] = 0
+        return ((args[0].unflatten(-1, (H, -1)) * kept[:, None]).flatten(-2),)  # (B, T, D) -> (B, T, H, K) -> (B, T, D)
+
+    return hook
