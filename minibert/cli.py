@@ -20,6 +20,7 @@ COMMANDS = {
     "fill-mask": "minibert.commands.fill_mask",
     "next-sentence": "minibert.commands.next_sentence",
     "pretraining-loss": "minibert.commands.pretraining_loss",
+    "study": "minibert.commands.study",
     "inspect": "minibert.commands.inspect",
     "convert": "minibert.commands.convert",
     "embed": "minibert.commands.embed",

@@ -88,7 +88,11 @@ def _embeddings(answer: Callable[..., Any], model: nn.Module, inputs: dict[str, 
     part = model.bert.embeddings
     word, segment = part.word_embeddings(inputs["input_ids"]), part.token_type_embeddings(inputs["token_type_ids"])
     total = answer(word, segment, part.position_embeddings.weight[None, : word.shape[1]])
-    with patch(model, {"bert.embeddings.LayerNorm": _Part(lambda x: module(total))}) if (module := part.LayerNorm) else ():
+    with (
+        patch(model, {"bert.embeddings.LayerNorm": _Part(lambda x: module(total))})
+        if (module := part.LayerNorm)
+        else ()
+    ):
         ours = _logits(model, inputs)
     return torch.equal(ours, _logits(model, inputs))
 
@@ -114,5 +118,7 @@ _CHECKS: dict[str, Callable[..., bool]] = {
     "gelu": _modules("act_fn", lambda f, module: _Part(f)),
     "mlm_loss": _mlm_loss,
     "next_sentence": _next_sentence,
-    "google_name": lambda answer, model, inputs: all(answer(n) == google_variable(n) for n, _ in model.named_parameters()),
+    "google_name": lambda answer, model, inputs: all(
+        answer(n) == google_variable(n) for n, _ in model.named_parameters()
+    ),
 }

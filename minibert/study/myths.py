@@ -22,7 +22,7 @@ def measure(
     model: nn.Module, tokenizer: BertTokenizer, inputs: Mapping[str, Tensor], seen: Trace, facts: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """What is said, and what is measured here, a pair a myth."""
-    encoder = model.encoder_model
+    encoder = getattr(model, "bert", model)
     rows = [_parameters(model, seen), _attention_cost(seen), *_padding(encoder, tokenizer, inputs), _states(seen)]
     rows += [_sentence_vector(encoder, tokenizer, inputs)]
     if facts["mattered"]:
@@ -58,7 +58,7 @@ def _padding(encoder: nn.Module, tokenizer: BertTokenizer, inputs: Mapping[str, 
     if extra < 1:
         return []
     padded = {name: F.pad(x, (0, extra)) for name, x in inputs.items()}
-    padded["input_ids"][:, ids.shape[1]:] = tokenizer.pad_token_id
+    padded["input_ids"][:, ids.shape[1] :] = tokenizer.pad_token_id
     plain = encoder(**inputs).last_hidden_state
     masked = encoder(**padded).last_hidden_state[:, : ids.shape[1]]
     everything = {**padded, "attention_mask": torch.ones_like(padded["input_ids"])}
@@ -103,7 +103,10 @@ def _importance(facts: Mapping[str, Any]) -> tuple[str, str]:
     if "leave_one_out" not in found:
         return said, "Leaving tokens out was too expensive at this length; look at a shorter text."
     value = facts["mattered"]["agreement"][found.index("attention")][found.index("leave_one_out")]
-    return said, f"Rank correlation of mean attention with what is lost without a token: {value:.2f} (1 would be the same)."
+    return (
+        said,
+        f"Rank correlation of mean attention with what is lost without a token: {value:.2f} (1 would be the same).",
+    )
 
 
 def _all_heads(facts: Mapping[str, Any]) -> tuple[str, str]:

@@ -45,12 +45,15 @@ function state() {
     const value = parseInt(given.get(name), 10);
     return value >= 0 && value < limit ? value : otherwise;
   };
-  const token = number("token", T, data.start[0]);
-  return { layer: number("layer", layers, 0), head: number("head", heads, 0), token, key: number("key", T, token) };
+  const layer = number("layer", layers, layers - 1), head = number("head", heads, 0), token = number("token", T, data.start[0]);
+  const row = weights(layer, head, token);
+  return { layer, head, token, key: number("key", T, row.indexOf(Math.max(...row))) };
 }
 
 function go(change) {
-  location.hash = new URLSearchParams({ ...state(), ...change }).toString();
+  const next = { ...state(), ...change };
+  if (!("key" in change)) delete next.key; // the largest weight of the new row
+  location.hash = new URLSearchParams(next).toString();
 }
 
 function show(id, svg, caption) {
@@ -66,10 +69,11 @@ function show(id, svg, caption) {
 const canvasOf = (layer, head) => {
   const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
   canvas.width = canvas.height = T;
-  const image = context.createImageData(T, T);
+  const image = context.createImageData(T, T), rows = tokens.map((_, i) => weights(layer, head, i));
+  const most = Math.max(...rows.map((row) => Math.max(...row)));
   for (let i = 0; i < T; i++) {
-    weights(layer, head, i).forEach((w, j) => {
-      const at = 4 * (i * T + j), ink = Math.sqrt(w);
+    rows[i].forEach((w, j) => {
+      const at = 4 * (i * T + j), ink = Math.sqrt(w / most);
       image.data.set([255 - 224 * ink, 255 - 160 * ink, 255 - 64 * ink, 255], at);
     });
   }
@@ -104,21 +108,22 @@ function neighbours(row, token) {
 }
 
 function lines({ layer, head, token }) {
-  const chosen = weights(layer, head, token), shown = neighbours(chosen, token), step = 19;
+  const chosen = weights(layer, head, token), shown = neighbours(chosen, token), step = 19, most = Math.max(...chosen);
+  const name = (i) => (T <= 48 ? tokens[i] : `${i} ${tokens[i]}`);
   const svg = svgNode("svg", { width: 460, height: shown.length * step + 8, xmlns: "http://www.w3.org/2000/svg" });
   const y = (i) => shown.indexOf(i) * step + 14;
   for (const from of T <= 48 ? [...shown.filter((i) => i !== token), token] : [token]) {
     const row = from === token ? chosen : weights(layer, head, from);
     for (const to of shown) {
-      if (row[to] < 0.02) continue;
+      if (row[to] < Math.min(0.02, most / 2)) continue;
       const stroke = from === token ? "#1f5fbf" : "#9aa5b1", opacity = from === token ? Math.sqrt(row[to]) : row[to] / 2;
       svg.append(svgNode("line", { x1: 142, y1: y(from) - 4, x2: 318, y2: y(to) - 4, stroke, "stroke-opacity": opacity, "stroke-width": 0.5 + 4 * row[to] }));
     }
   }
   for (const i of shown) {
     const weight = i === token ? 700 : 400;
-    svg.append(svgNode("text", { x: 136, y: y(i), "text-anchor": "end", "font-weight": weight, "font-size": 12 }, tokens[i]));
-    svg.append(svgNode("text", { x: 324, y: y(i), "font-size": 12 }, tokens[i] + (chosen[i] >= 0.005 ? `  ${chosen[i].toFixed(2)}` : "")));
+    svg.append(svgNode("text", { x: 136, y: y(i), "text-anchor": "end", "font-weight": weight, "font-size": 12 }, name(i)));
+    svg.append(svgNode("text", { x: 324, y: y(i), "font-size": 12 }, name(i) + (chosen[i] >= 0.005 ? `  ${chosen[i].toFixed(2)}` : "")));
   }
   svg.onclick = (event) => {
     const box = svg.getBoundingClientRect(), i = shown[Math.floor((event.clientY - box.top) * 460 / box.width / step)];
@@ -151,12 +156,13 @@ function course({ token }) {
     return;
   }
   const svg = svgNode("svg", { width: 640, height: 190, xmlns: "http://www.w3.org/2000/svg" }), gap = 600 / (layers + 1);
+  const most = Math.max(...lens.chances.map((layer) => layer[i][0]));
   lens.words.forEach((words, layer) => {
-    const x = 20 + layer * gap, chance = lens.chances[layer][i][0];
+    const x = 20 + layer * gap, exact = lens.chances[layer][i][0], chance = exact / most;
     const same = words[i][0] === lens.words[layers][i][0];
     svg.append(svgNode("rect", { x, y: 150 - 130 * chance, width: gap * 0.7, height: 130 * chance, fill: same ? "#1b7f4b" : "#9aa5b1" }));
     svg.append(svgNode("text", { x, y: 144 - 130 * chance, "font-size": 12 }, words[i][0].slice(0, Math.max(3, Math.floor(gap / 8)))));
-    svg.append(svgNode("text", { x, y: 168, "font-size": 12 }, layer ? `${layer}` : "emb."));
+    svg.append(svgNode("text", { x, y: 168, "font-size": 12 }, `${layer || "emb."}: ${exact.toFixed(2)}`));
   });
   show("course", svg, `Token ${token}, “${tokens[token]}”: the likeliest word after each layer and its probability; green where it is the final one.`);
 }

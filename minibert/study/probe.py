@@ -18,8 +18,8 @@ METHODS = ("leave_one_out", "gradient_x_input", "attention", "rollout")
 
 @dataclass(eq=False)
 class Lens:
-    """What the MLM head says of the states after `layer` layers, 0 being the embeddings: ids and probabilities of the
-    likeliest words, (B, T, k); the probabilities of next sentence, (B, 2), where the model has that head too."""
+    """What the heads say after `layer` layers, 0 being the embeddings: ids and probabilities of the k likeliest words,
+    (B, T, k), and the probabilities of next sentence, (B, 2), where the model has that head too."""
 
     layer: int
     ids: Tensor
@@ -31,7 +31,7 @@ class Lens:
 def lens(model: nn.Module, seen: Trace, k: int = 5, at: list[int] | None = None) -> list[Lens]:
     """The heads on the states of every layer; the last is what the model answers, earlier ones were never trained so.
 
-    at: the numbers of the tokens to look at, all if not given. Raises ValueError for a model without a masked-language-model head.
+    at: the numbers of the tokens to look at, all if not given. Raises ValueError for a model without MLM head.
     """
     heads = getattr(model, "cls", None)
     if not hasattr(heads, "predictions"):
@@ -151,6 +151,7 @@ def _without(model: nn.Module, name: str, heads: tuple[int, ...]) -> Callable[..
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         kept = torch.ones(H, dtype=args[0].dtype, device=args[0].device)
         kept[list(heads)] = 0
-        return ((args[0].unflatten(-1, (H, -1)) * kept[:, None]).flatten(-2),)  # (B, T, D) -> (B, T, H, K) -> (B, T, D)
+        heads_apart = args[0].unflatten(-1, (H, -1)) * kept[:, None]  # (B, T, D) -> (B, T, H, K)
+        return (heads_apart.flatten(-2),)  # (B, T, H, K) -> (B, T, D)
 
     return hook

@@ -20,10 +20,13 @@ def twin(model: nn.Module, attention: str = "sdpa") -> nn.Module | None:
         import transformers
     except ImportError:
         return None
-    cls = next(getattr(transformers, base.__name__) for base in type(model).__mro__ if hasattr(transformers, base.__name__))
+    name = next(
+        base.__name__ for base in type(model).__mro__ if base.__module__ in ("minibert.model", "minibert.heads")
+    )
+    options = {"add_pooling_layer": model.pooler is not None} if name == "BertModel" else {}
     config = transformers.BertConfig(**json.loads(json.dumps(model.config.to_dict())))
-    other = cls._from_config(config, attn_implementation=attention)
-    other.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, strict=False, assign=False)
+    other = getattr(transformers, name)._from_config(config, attn_implementation=attention, **options)
+    other.load_state_dict(model.state_dict())
     return other.to(model.dtype).train(model.training)
 
 

@@ -36,7 +36,7 @@ def encode(model: nn.Module, tokenizer: BertTokenizer, text: str, pair: str | No
     return inputs
 
 
-def study(
+def examine(
     model: nn.Module, tokenizer: BertTokenizer, text: str, pair: str | None = None, compare: str | None = None,
     reference: bool = True,
 ) -> tuple[Trace, Facts]:  # fmt: skip
@@ -90,8 +90,9 @@ def _row(step: Step, total: int, at: int) -> Facts:
     low, mean, high = (f(finite).item() for f in (torch.min, torch.mean, torch.max))
     return {
         "name": step.name, "line": str(step.source), "code": step.source.code, "equation": step.equation,
-        "letters": step.letters, "numbers": step.numbers, "flops": step.flops, "share": (step.flops or 0) / (total or 1),
-        "bytes": step.bytes, "params": step.params, "min": low, "mean": mean, "max": high, "beside": step.beside,
+        "letters": step.letters, "numbers": step.numbers, "flops": step.flops,
+        "share": (step.flops or 0) / (total or 1), "bytes": step.bytes,
+        "params": step.params, "min": low, "mean": mean, "max": high, "beside": step.beside,
         "slice": [round(v, 3) for v in vector[:8].tolist()], "paper": step.paper, "google": step.google,
         "variable": google_variable(f"{step.module}.weight") if step.params else None,
     }  # fmt: skip
@@ -118,11 +119,16 @@ def _heads(seen: Trace, tokens: list[str]) -> list[Facts]:
     return rows
 
 
+def _words(tokenizer: BertTokenizer, ids: list[int]) -> list[str]:
+    """The pieces of these ids; a model may have more ids than the tokenizer has pieces."""
+    return [token or f"id {i}" for token, i in zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True)]
+
+
 def _lens(model: nn.Module, tokenizer: BertTokenizer, seen: Trace, masked: list[int]) -> Facts:
     T = seen.sizes["T"]
     at = sorted((masked + [i for i in range(T) if i not in masked])[:LENS_TOKENS])
     layers = lens(model, seen, 5, at)
-    words = [[tokenizer.convert_ids_to_tokens(row) for row in layer.ids[0].tolist()] for layer in layers]
+    words = [[_words(tokenizer, row) for row in layer.ids[0].tolist()] for layer in layers]
     next_sentence = [x.next_sentence[0, 0].item() for x in layers if x.next_sentence is not None]
     settled = []
     for i in range(len(at)):  # the first layer from which on the answer stays
@@ -151,18 +157,21 @@ def _mattered(
         scores["leave_one_out"] = [lost[i // size] for i in range(T)]
     found = {m: scores[m] for m in METHODS if scores.get(m) is not None}
     agreement = [[_rank_correlation(found[a], found[b], at) for b in found] for a in found]
-    each = [[h] for h in range(H)] if N * H * seen.flops <= BUDGET else [[*range(H)]] if N * seen.flops <= BUDGET else []
+    alone, together = N * H * seen.flops <= BUDGET, N * seen.flops <= BUDGET
+    each = [[h] for h in range(H)] if alone else [[*range(H)]] if together else []
     ablated = []
     for layer in range(N):
         for heads in each:
             off = {f"bert.encoder.layer.{layer}.attention.output.dense": zero_head(*heads)}
             with torch.no_grad(), patch(model, off):
                 now = log_probabilities(model, inputs)[0, at]
-            word = tokenizer.convert_ids_to_tokens([now.argmax().item()])[0]
-            ablated.append({"layer": layer, "heads": heads, "lost": (answers[at, target] - now[target]).item(), "word": word})
+            word = _words(tokenizer, [now.argmax().item()])[0]
+            lost_now = (answers[at, target] - now[target]).item()
+            ablated.append({"layer": layer, "heads": heads, "lost": lost_now, "word": word})
     return {
-        "at": at, "word": tokenizer.convert_ids_to_tokens([target])[0], "chance": answers[at, target].exp().item(),
-        "scores": found, "group": None if groups is None else len(groups[0]), "agreement": agreement, "ablated": ablated,
+        "at": at, "word": _words(tokenizer, [target])[0], "chance": answers[at, target].exp().item(),
+        "scores": found, "group": None if groups is None else len(groups[0]), "agreement": agreement,
+        "ablated": ablated,
     }  # fmt: skip
 
 
@@ -184,7 +193,7 @@ def _compare(model: nn.Module, tokenizer: BertTokenizer, seen: Trace, at: int, t
     rows = []
     for layer, (a, b) in enumerate(zip(lens(model, seen, 1, [at]), lens(model, other, 1, [there]), strict=True)):
         x, y = seen.states[layer][0].float(), other.states[layer][0].float()
-        words = tokenizer.convert_ids_to_tokens([a.ids[0, 0, 0].item(), b.ids[0, 0, 0].item()])
+        words = _words(tokenizer, [a.ids[0, 0, 0].item(), b.ids[0, 0, 0].item()])
         rows.append({"layer": layer, "cls": cosine(x[0], y[0], 0).item(), "at": cosine(x[at], y[there], 0).item(),
                      "words": words})  # fmt: skip
     return {"text": text, "tokens": tokenizer.convert_ids_to_tokens(ids), "at": [at, there], "rows": rows}
