@@ -147,7 +147,7 @@ def _layers(lens: Sequence[study.Lens], tokenizer: BertTokenizer, at: int) -> st
     for layer in lens:
         words = tokenizer.convert_ids_to_tokens(layer.ids[0, at].tolist())
         chances = layer.probabilities[0, at].tolist()
-        said = ", ".join(f"{word} {_number(chance)}" for word, chance in zip(words, chances, strict=True))
+        said = ", ".join(f"`{word}` {_number(chance)}" for word, chance in zip(words, chances, strict=True))
         rows.append((str(layer.layer) if layer.layer else "embeddings", said))
     return (
         f"## Layer upon layer\n\nThe same happens {len(lens) - 1} times, each time with other weights. The head of "

@@ -85,16 +85,11 @@ def _modules(kind: str, make: Callable[[Callable[..., Tensor], Any], nn.Module])
 
 
 def _embeddings(answer: Callable[..., Any], model: nn.Module, inputs: dict[str, Tensor]) -> bool:
-    part = model.bert.embeddings
+    part, expected = model.bert.embeddings, _logits(model, inputs)
     word, segment = part.word_embeddings(inputs["input_ids"]), part.token_type_embeddings(inputs["token_type_ids"])
-    total = answer(word, segment, part.position_embeddings.weight[None, : word.shape[1]])
-    with (
-        patch(model, {"bert.embeddings.LayerNorm": _Part(lambda x: module(total))})
-        if (module := part.LayerNorm)
-        else ()
-    ):
-        ours = _logits(model, inputs)
-    return torch.equal(ours, _logits(model, inputs))
+    norm, total = part.LayerNorm, answer(word, segment, part.position_embeddings.weight[None, : word.shape[1]])
+    with patch(model, {"bert.embeddings.LayerNorm": _Part(lambda x: norm(total))}):
+        return torch.equal(_logits(model, inputs), expected)
 
 
 def _mlm_loss(answer: Callable[..., Any], model: nn.Module, inputs: dict[str, Tensor]) -> bool:

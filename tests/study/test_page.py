@@ -95,10 +95,15 @@ def test_static_page_has_the_facts(model, tokenizer):
     assert "not compared" in static
 
 
-@pytest.mark.parametrize(
-    "text", ["<script>alert(1)</script> [MASK]", "</script><img src=x onerror=alert(1)>", "$title ${x} & \"q\" 'q' `", "\u2028"
-             " ü 中 ]]>"]
-)  # fmt: skip
+TEXTS = (
+    "<script>alert(1)</script> [MASK]",
+    "</script><img src=x onerror=alert(1)>",
+    "$title ${x} & \"q\" 'q' `",
+    "\u2028 \u00fc \u4e2d ]]>",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_text_is_only_text(text, tokenizer):
     page, _ = page_of(small("BertForMaskedLM"), tokenizer, text, text, compare=text)
     harmless, _ = page_of(small("BertForMaskedLM"), tokenizer, "a", "a", compare="a")
@@ -116,7 +121,7 @@ def test_pieces_that_are_markup_are_escaped(tmp_path):
     words = BertTokenizer({piece: i for i, piece in enumerate(pieces)})
     page, facts = page_of(small("BertForMaskedLM", vocab_size=10), words, "a [MASK]")
     assert Parsed(page).tags.count("script") == 3
-    assert "<script>" in str(facts["lens"]["words"])
+    assert "</script>" in str(facts["lens"]["words"])
 
 
 @pytest.mark.parametrize("head", ["BertModel", "BertForNextSentencePrediction", "BertForSequenceClassification",
@@ -155,13 +160,13 @@ def test_bad_text_is_refused(text, pair, message, tokenizer):
 
 def test_long_texts_keep_the_largest_weights(tokenizer, monkeypatch):
     monkeypatch.setattr("minibert.study.page.MAX_BYTES", 100)
-    monkeypatch.setattr("minibert.study.page.QK_BYTES", 2000)
+    monkeypatch.setattr("minibert.study.page.QK_BYTES", 640)
     monkeypatch.setattr("minibert.study.examine.BUDGET", 0)
     page, facts = page_of(small("BertForMaskedLM"), tokenizer, "She opened the [MASK] with her key .")
     header = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert header["top"] == 8
     assert facts["masked"][0] in header["qk"]
-    assert len(header["qk"]) < header["T"]
+    assert len(header["qk"]) == 5
     assert "would cost too much" in page
 
 

@@ -118,9 +118,12 @@ def test_patches_are_seen_by_a_trace_and_undone_after_errors(model, inputs):
         bits(model, inputs)
     assert model.get_submodule(name) is module
     assert torch.equal(bits(model, inputs), plain)
-    for parts, message in (({"bert.pool": nn.ReLU()}, "no module 'bert.pool'"),
-                           ({"bert.pooler.dense": study.zero_head(0)}, "attention.output.dense"),
-                           ({"bert.encoder.layer.0.attention.output.dense": study.zero_head(4)}, "heads 0 to 3")):  # fmt: skip
+    joined = "bert.encoder.layer.0.attention.output.dense"
+    for parts, message in (
+        ({"bert.pool": nn.ReLU()}, "no module 'bert.pool'"),
+        ({"bert.pooler.dense": study.zero_head(0)}, "attention.output.dense"),
+        ({joined: study.zero_head(4)}, "heads 0 to 3"),
+    ):
         with pytest.raises(ValueError, match=message), study.patch(model, parts):
             pass
     assert torch.equal(bits(model, inputs), plain)
@@ -146,7 +149,7 @@ RIGHT = {
     "google_name": google_variable,
 }
 WRONG = {
-    "embeddings": lambda word, segment, position: word + (position + segment),
+    "embeddings": lambda word, segment, position: word + position,
     "attention": eager,
     "mask": lambda mask, dtype: None if mask is None else ~mask.bool()[:, None, None, :],
     "layer_norm": lambda x, gamma, beta, eps: (x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + eps) * gamma + beta,
@@ -189,8 +192,8 @@ def test_names_are_google_s_variables():
     dense = [f"attention/self/{part}" for part in ("query", "key", "value")]
     dense += ["attention/output/dense", "intermediate/dense", "output/dense"]
     norms = ["attention/output/LayerNorm", "output/LayerNorm"]
-    expected = {f"bert/embeddings/{name}" for name in ("word_embeddings", "token_type_embeddings", "position_embeddings",
-                                                       "LayerNorm/gamma", "LayerNorm/beta")}  # fmt: skip
+    tables = ("word_embeddings", "token_type_embeddings", "position_embeddings", "LayerNorm/gamma", "LayerNorm/beta")
+    expected = {f"bert/embeddings/{name}" for name in tables}
     for i in range(layers):
         expected |= {f"bert/encoder/layer_{i}/{name}/{part}" for name in dense for part in ("kernel", "bias")}
         expected |= {f"bert/encoder/layer_{i}/{name}/{part}" for name in norms for part in ("gamma", "beta")}
