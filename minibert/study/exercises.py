@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert import model as readable
+from minibert.heads import BertForPreTraining
 from minibert.study.probe import patch
 from minibert.study.steps import google_variable
 
@@ -42,12 +43,14 @@ EXERCISES = {
 
 
 def check(name: str, answer: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    """Does the model of masked words and next sentences give the same bits with `answer` in it?
+    """Does a BertForPreTraining give the same bits with `answer` in it?
 
-    Raises ValueError for an exercise that is not there.
+    Raises ValueError for an exercise that is not there, or another model.
     """
     if name not in EXERCISES:
         raise ValueError(f"exercise {name!r}: there are {', '.join(EXERCISES)}")
+    if not isinstance(model, BertForPreTraining):
+        raise ValueError(f"model: exercises run inside a BertForPreTraining, got {type(model).__name__}")
     with torch.no_grad():
         return bool(_CHECKS[name](answer, model, dict(inputs)))
 

@@ -172,6 +172,8 @@ def test_exercises_tell_right_from_wrong(name, model, inputs):
 def test_unknown_exercise(model, inputs):
     with pytest.raises(ValueError, match="there are embeddings, attention"):
         study.check("softmax", torch.softmax, model, inputs)
+    with pytest.raises(ValueError, match="inside a BertForPreTraining, got BertModel"):
+        study.check("gelu", functional.gelu, model.bert, inputs)
 
 
 @pytest.mark.parametrize("head", ["BertModel", *HEADS])
