@@ -105,7 +105,7 @@ def log_probabilities(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-class zero_head:  # noqa: N801: used like a function
+class zero_head:
     """For `patch`, at an `attention.output.dense`: these heads' part of what goes in is 0."""
 
     def __init__(self, *heads: int):
