@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,7 +39,8 @@ class Repo:
 class Fault:
     """Something goes wrong with the next `times` requests of a method whose path ends so.
 
-    status: answer with this error. cut: send only so many bytes of the body. flip: spoil the body's last byte.
+    status: answer with this error. cut: send only so many bytes of the body. flip: spoil the body's last byte. reset:
+    close the connection without an answer.
     """
 
     path: str = ""
@@ -47,6 +49,7 @@ class Fault:
     status: int | None = None
     cut: int | None = None
     flip: bool = False
+    reset: bool = False
 
 
 class LocalHub:
@@ -105,7 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path
         self.hub.requests.append((self.command, path, self.headers.get("Authorization"), self.headers.get("Range")))
         self._fault = self.hub.fault(self.command, path)
-        if self._fault.status:
+        if self._fault.reset:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif self._fault.status:
             self._error(self._fault.status)
         else:
             self.answer(path)

@@ -197,10 +197,12 @@ class HubConfig:
 
     @classmethod
     def _read(cls: type[T], name_or_path: Any, where: dict[str, Any], changes: dict[str, Any]) -> T:
-        path = hub.fetch(name_or_path, "config.json", **where)
+        source = hub.as_source(name_or_path, **where)
+        path = source.file("config.json")
         if path is None:
-            name = name_or_path.name if isinstance(name_or_path, hub.Source) else name_or_path
-            raise ValueError(f"{name} has no config.json, which says what model its weights are for")
+            raise ValueError(
+                f"{source.name} has no config.json, which says what model its weights are for{source.hint()}"
+            )
         return cls._of_file(path, changes)
 
     @classmethod

@@ -1,39 +1,24 @@
-"""Tensors on disk: read, rename, compare with what a model needs, report, write.
-
-Reading never runs code, and results do not depend on how a file is laid out: what stays memory-mapped lies at a
-multiple of 64 bytes, as torch's own memory does, and everything else is copied to such an address (kernels may round
-differently elsewhere).
-"""
+"""The tensors of a checkpoint: rename, compare with what a model needs, report, write. (tensors.py reads them.)"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import mmap
 import re
-import warnings
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from minibert.weights.files import of_variant, refuse_pointer
+from minibert.weights.files import of_variant
+from minibert.weights.tensors import ALIGNMENT, DTYPES, Stored, raw_bytes, same_bytes
+from minibert.weights.tensors import open_files as open_files
+from minibert.weights.tensors import open_weights as open_weights
+from minibert.weights.tensors import read as read
 
-ALIGNMENT = 64  # bytes; that of memory from torch's CPU allocator
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CHUNK = 16 << 20  # bytes that one thread reads at a time
-
-# safetensors' names of the types that occur in BERT checkpoints
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 # From names in files to names in models. Wrappers (DistributedDataParallel, torch.compile) put a prefix on all names;
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -46,193 +31,6 @@ _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 # What a file may hold beyond what one class uses: the parts that other BERT classes have
 _OTHER_HEADS = ("cls.", "classifier.", "qa_outputs.", "pooler.", "bert.pooler.")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor in a file: at `offset` in a safetensors file, or in memory, after a .bin file has been read."""
-
-    file: Path
-    name: str
-    dtype: torch.dtype | str  # a string where torch or minibert does not know the type
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int = 0
-    in_memory: Tensor | None = None
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 of the tensor's bytes as stored, little-endian and in row-major order."""
-        raw = self if self.in_memory is not None else replace(self, dtype=torch.uint8, shape=(self.nbytes,))
-        return hashlib.sha256(_bytes(read([raw])[0])).hexdigest()
-
-
-def open_files(paths: Iterable[Path]) -> dict[str, Stored]:
-    """The tensors of one checkpoint's files, by name in the file. The data of safetensors files is not read yet.
-
-    Raises ValueError naming the file if it is damaged, a pointer of Git LFS, holds anything but tensors, or repeats a
-    name; OSError if it cannot be opened.
-    """
-    tensors: dict[str, Stored] = {}
-    for path in paths:
-        refuse_pointer(path)
-        for stored in _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path):
-            if stored.name in tensors:
-                raise ValueError(f"{stored.name} is in both {tensors[stored.name].file} and {path}")
-            tensors[stored.name] = stored
-    return tensors
-
-
-def _open_safetensors(path: Path) -> list[Stored]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with open(path, "rb") as file:
-            with safe_open(path, framework="pt"):  # checks the whole header: sizes, overlaps, gaps, range
-                pass
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        size = path.stat().st_size
-        return [_locate(path, name, entry, 8 + length, size) for name, entry in header.items()]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
-
-
-def _locate(path: Path, name: str, entry: dict[str, Any], start: int, size: int) -> Stored:
-    begin, end = entry["data_offsets"]
-    dtype = _DTYPES.get(entry["dtype"], entry["dtype"])
-    shape = tuple(entry["shape"])
-    wrong_size = isinstance(dtype, torch.dtype) and math.prod(shape) * dtype.itemsize != end - begin
-    if wrong_size or not 0 <= begin <= end <= size - start:
-        raise ValueError(f"{name} {shape} cannot lie at bytes {begin} to {end}")
-    return Stored(path, name, dtype, shape, end - begin, start + begin)
-
-
-def _open_pickle(path: Path) -> list[Stored]:
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # since torch 1.6; it can be mapped
-    try:
-        if is_zip:
-            _check_zip(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch on storage types that old files use
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except MemoryError:
-        raise
-    except Exception as error:  # of any type: a damaged pickle can make torch do anything but run code
-        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path} asks for {unsafe[1]}, and a pickle that holds more than tensors can run any code; it was not "
-                "opened. If you trust it: torch.load(path, weights_only=False), and save what it holds with "
-                "safetensors.torch.save_file"
-            ) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {reason}") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]  # as training scripts save it, beside their own state
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not the tensors of a model by name")
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, not a dense tensor")
-    return [
-        Stored(path, name, tensor.dtype, tuple(tensor.shape), tensor.nbytes, in_memory=tensor.detach())
-        for name, tensor in content.items()
-    ]
-
-
-def _check_zip(path: Path) -> None:
-    """Compare the content of an archive with its checksums, which torch.load does not, and refuse compression.
-
-    Raises zipfile.BadZipFile and others.
-    """
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(f"{entry.filename} is compressed, which torch.save never does")
-            if entry.CRC:  # torch can be told to leave it out
-                with archive.open(entry) as content:
-                    while content.read(1 << 20):
-                        pass
-
-
-def read(tensors: Collection[Stored]) -> list[Tensor]:
-    """The data of tensors, each at a multiple of 64 bytes: mapped from the file where it lies so, else copied.
-
-    Raises ValueError naming file and tensor for a type that torch or minibert does not know; OSError if the file
-    cannot be read.
-    """
-    for stored in tensors:
-        if not isinstance(stored.dtype, torch.dtype):
-            raise ValueError(f"{stored.file}: {stored.name} is of type {stored.dtype}, which minibert does not read")
-    results: dict[int, Tensor] = {}
-    copied: list[tuple[int, Stored]] = []
-    maps: dict[Path, mmap.mmap] = {}
-    for index, stored in enumerate(tensors):
-        if stored.in_memory is not None:
-            results[index] = _aligned(stored.in_memory)
-        elif stored.offset % ALIGNMENT or not stored.nbytes:
-            copied.append((index, stored))
-        else:
-            if stored.file not in maps:
-                with open(stored.file, "rb") as file:
-                    # A private copy: pages that are written to (training) are copied, the file never changes
-                    maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            results[index] = _view(np.frombuffer(maps[stored.file], np.uint8, stored.nbytes, stored.offset), stored)
-    results.update(zip([index for index, _ in copied], _copy([stored for _, stored in copied]), strict=True))
-    return [results[index] for index in range(len(results))]
-
-
-def _copy(tensors: list[Stored]) -> list[Tensor]:
-    """Read tensors into one fresh piece of memory. Each has a storage of its own, with a reference to the whole."""
-    starts = np.cumsum([0] + [-(-stored.nbytes // ALIGNMENT) * ALIGNMENT for stored in tensors])
-    # NumPy asks for huge pages, which halves the time: most of it goes into touching new memory
-    memory = np.empty(int(starts[-1]) + ALIGNMENT, np.uint8)
-    memory = memory[-memory.ctypes.data % ALIGNMENT :]
-    places = [memory[start : start + stored.nbytes] for start, stored in zip(starts.tolist(), tensors, strict=False)]
-    jobs = [
-        (stored.file, stored.offset + begin, place[begin : begin + _CHUNK])
-        for stored, place in zip(tensors, places, strict=True)
-        for begin in range(0, stored.nbytes, _CHUNK)
-    ]
-    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
-        list(pool.map(_read_into, jobs))
-    return [_view(place, stored) for place, stored in zip(places, tensors, strict=True)]
-
-
-def _read_into(job: tuple[Path, int, np.ndarray]) -> None:
-    path, offset, place = job
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        while place.size:
-            count = file.readinto(place)
-            if not count:
-                raise OSError(f"{path} ended while it was read: another process has changed it")
-            place = place[count:]
-
-
-def _view(data: np.ndarray, stored: Stored) -> Tensor:
-    if not stored.nbytes:
-        return torch.empty(stored.shape, dtype=stored.dtype)
-    return torch.from_numpy(data).view(stored.dtype).view(stored.shape)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def same_bytes(a: Stored, b: Stored) -> bool:
-    """Whether two tensors are equal to the bit, NaNs included."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    first, second = read([a, b])
-    return first.data_ptr() == second.data_ptr() or np.array_equal(_bytes(first), _bytes(second))
 
 
 def rename(name: str, prefix: str) -> str:
@@ -309,7 +107,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     safetensors' own writer lets the data start at any multiple of 8 bytes and sorts it by name. Here it starts at a
     multiple of 64, and the few tensors whose size is not one come last, so that all but those lie aligned.
     """
-    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     ordered = sorted(tensors, key=lambda name: tensors[name].nbytes % ALIGNMENT != 0)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     end = 0
@@ -322,7 +120,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:
-            file.write(_bytes(tensors[name].detach().cpu()))
+            file.write(raw_bytes(tensors[name].detach().cpu()))
 
 
 def as_bytes(size: int | str) -> int:

@@ -105,7 +105,7 @@ def _choose(origin: hub.Source, head: str | None) -> tuple[Pretrained, LoadRepor
     if head is not None and head not in HEADS:
         raise ValueError(f"head={head!r}: must be one of {', '.join(HEADS)}")
     config = load_config(minibert.BertConfig, origin, {})
-    names = {checkpoint.rename(name, "bert.") for name in checkpoint.open_files(origin.weights())}
+    names = {checkpoint.rename(name, "bert.") for name in checkpoint.open_weights(origin)}
     kinds = _candidates(names, config) if head is None else [getattr(minibert, HEADS[head])]
     if not kinds:
         raise ValueError(

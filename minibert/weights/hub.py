@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -20,9 +21,20 @@ _MODELS = Path(__file__).parents[1] / "models"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAVED = ".saved"  # in a model's directory: a whole set of files that are taking their places
 _LIST = "files.json"  # in there: their names, and those that they make stale
+_LOCK = ".saving-lock"  # beside it while that happens: held by the one process that moves them
 
 # One checkpoint is one of these, in this order of preference; an index names the files it is split into.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHT_ENDS = (".safetensors", ".bin", ".index.json")
+
+
+class Replaced(OSError):
+    """A model was saved anew while it was being opened, so that what was read does not belong together."""
+
+
+def identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    """What tells a file from another that takes its place, and from itself before it was written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def bundled_models() -> list[str]:
@@ -107,8 +119,6 @@ class Source:
         formats: tuple[str, ...] = (".safetensors", ".bin"),
     ):
         self.directory = _directory(name_or_path)
-        if self.directory is not None:
-            _put_in_place(self.directory)
         self.name = str(name_or_path)
         self.revision = revision
         self.cache_dir = cache_dir
@@ -117,11 +127,14 @@ class Source:
         self.subfolder = subfolder or ""
         self.variant = variant
         self.formats = formats
+        self._reached = False
+        self._given: dict[Path, tuple[int, ...]] = {}  # of a directory's files: what they were when they were asked for
+        self.settle()
 
     @property
     def is_bundled(self) -> bool:
         """Whether it comes with the package."""
-        return self.directory is not None and self.directory.parent == _MODELS
+        return self.directory is not None and self.directory.resolve().parent == _MODELS.resolve()
 
     def file(self, filename: str) -> Path | None:
         """Local path of one file, None if the model has no such file. Offline, what is not cached does not exist."""
@@ -129,7 +142,11 @@ class Source:
         _check_relative(filename, "filename")
         if self.directory is not None:
             path = self.directory / filename
-            return path if path.is_file() else None
+            if not path.is_file():
+                return None
+            if not filename.endswith(_WEIGHT_ENDS):  # of those, `open_weights` sees to it
+                self._given.setdefault(path, identity(path.stat()))
+            return path
         path = self._from_hub(filename)
         if path is not None:
             self.revision = path.parents[len(PurePosixPath(filename).parts) - 1].name  # .../snapshots/<commit>/<file>
@@ -158,10 +175,28 @@ class Source:
                 raise FileNotFoundError(f"{path} names files that {self.name} does not have: {', '.join(missing)}")
             return [found for found in shards.values() if found is not None]
         if self.directory is not None:
-            there = f"; it holds {sorted(os.listdir(self.directory))[:20]}"
+            there = f"; it holds {sorted(os.listdir(self.directory))[:20]}{self.hint()}"
         else:
             there = "; offline, only what is in the cache counts" if self._offline() else ""
         raise FileNotFoundError(f"{self.name} has no weights: looked for {', '.join(names)}{there}")
+
+    def hint(self) -> str:
+        """For errors about what a directory lacks: the models that lie in folders of it, if any."""
+        models = [] if self.directory is None else _models_in(self.directory)
+        others = [repr(str(path)) for path in models if path != self.directory]
+        return f"; did you mean {' or '.join(others[:3])}?" if others else ""
+
+    def settle(self) -> bool:
+        """Wait for a save into the directory that is under way, or complete it; whether there was one."""
+        if self.directory is None:
+            return False
+        return any([_put_in_place(place) for place in {self.directory, self.directory / self.subfolder}])
+
+    def check_unchanged(self) -> None:
+        """Raises Replaced if a file of a directory is another one by now than when it was first asked for."""
+        for path, then in self._given.items():
+            if not path.exists() or identity(path.stat()) != then:
+                raise Replaced(f"{path} was replaced while the model was opened: open it again")
 
     def _from_hub(self, filename: str) -> Path | None:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -181,8 +216,11 @@ class Source:
             if filename != "config.json" and isinstance(in_cache("config.json"), str):
                 return None
             raise FileNotFoundError(
-                f"{self._described()} is not in the cache, and minibert is offline (local_files_only or HF_HUB_OFFLINE)"
+                f"{self._described()} is not in the cache, and minibert is offline (local_files_only or "
+                f"HF_HUB_OFFLINE); nor is it a directory here{_similar(self.name)}"
             )
+        if cached is None and not self._reached:
+            self._reach(filename)
         try:
             path = hf_hub_download(
                 self.name,
@@ -195,10 +233,41 @@ class Source:
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:
-            raise self._explained(error, filename) from error
+            explained = self._explained(error, filename)
+            # A connection that breaks says as little about the model as one that is never made
+            if isinstance(explained, ConnectionError) and isinstance(cached, str):
+                return Path(cached)
+            raise explained from error
         if path != cached:
             _verify(Path(path), self._described())
         return Path(path)
+
+    def _reach(self, filename: str) -> None:
+        """Ask the Hub for anything, once. huggingface_hub itself would try for half a minute where there is none.
+
+        Raises ConnectionError if no connection can be made.
+        """
+        from huggingface_hub import constants, get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        url = hf_hub_url(self.name, filename, revision=self.revision)
+        try:
+            headers = build_hf_headers(token=self.token, library_name="minibert")
+            get_session().head(url, headers=headers, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except Exception as error:  # of whichever HTTP library huggingface_hub uses
+            if {"ConnectError", "ConnectTimeout", "ProxyError"} & {kind.__name__ for kind in type(error).__mro__}:
+                raise self._unreachable(error, filename) from error
+        self._reached = True
+
+    def _unreachable(self, error: BaseException, filename: str) -> ConnectionError:
+        from huggingface_hub import constants
+
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()
+        return ConnectionError(
+            f"{self._described()} is no directory here{_similar(self.name)}, and as a name on the Hub it ({filename}) "
+            f"could not be fetched from {constants.ENDPOINT} and is not in the cache "
+            f"({' '.join(line.strip() for line in reason if line.strip())})"
+        )
 
     def _offline(self) -> bool:
         from huggingface_hub import constants
@@ -221,20 +290,15 @@ class Source:
             )
         if isinstance(error, errors.RepositoryNotFoundError):
             return FileNotFoundError(
-                f"{self.name!r} is neither a directory here nor a model at {constants.ENDPOINT} (if it is private, "
-                "pass token=... or log in with `hf auth login`)"
+                f"{self.name!r} is neither a directory here{_similar(self.name)} nor a model at {constants.ENDPOINT} "
+                "(if it is private, pass token=... or log in with `hf auth login`)"
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return FileNotFoundError(f"{self.name!r} has no revision {self.revision!r}")
         if status in (401, 403):
             return PermissionError(f"{what}: the Hub refused access (HTTP {status}); check the token")
         if isinstance(error, (errors.LocalEntryNotFoundError, errors.HfHubHTTPError)) or not isinstance(error, OSError):
-            cause = error.__cause__ or error
-            reason = f"{type(cause).__name__}: {cause}".strip().splitlines()
-            return ConnectionError(
-                f"{what} could not be fetched from {constants.ENDPOINT} and is not in the cache "
-                f"({' '.join(line.strip() for line in reason if line.strip())})"
-            )
+            return self._unreachable(error.__cause__ or error, filename)
         return OSError(f"{what} could not be downloaded: {error}")
 
 
@@ -253,8 +317,34 @@ def _directory(name_or_path: str | os.PathLike) -> Path | None:
     if name in bundled_models():
         return _MODELS / name
     if not isinstance(name_or_path, str) or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
-        raise FileNotFoundError(f"no such directory: {path}")
+        raise FileNotFoundError(f"no such directory: {path}{_similar(name)}")
     return None
+
+
+def _similar(name: str) -> str:
+    """A hint at the directory that a misspelt path may mean."""
+    found = Path()
+    for part in Path(name).expanduser().parts:
+        if (found / part).is_dir():
+            found /= part
+            continue
+        try:
+            there = [path.name for path in found.iterdir() if path.is_dir()]
+        except OSError:
+            return ""
+        close = difflib.get_close_matches(part, there, n=1)
+        if not close:
+            return ""
+        found /= close[0]
+    models = _models_in(found)
+    return f" (did you mean {str(models[0])!r}?)" if models else ""
+
+
+def _models_in(directory: Path) -> list[Path]:
+    """The directory, if it holds a model, else those of its folders that do."""
+    if (directory / "config.json").is_file():
+        return [directory]
+    return sorted(path.parent for path in directory.glob("*/config.json"))
 
 
 def _check_relative(filename: str, what: str) -> None:
@@ -322,30 +412,59 @@ def replacing(directory: str | os.PathLike, stale: Callable[[str], bool] = lambd
         raise NotADirectoryError(f"{directory} is a file: pass a directory to save in")
     is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    _put_in_place(directory)
     for left in directory.glob(".saving-*"):  # by a process that was killed
-        if left.stat().st_mtime < time.time() - 3600:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):
+            if left.is_dir() and left.stat().st_mtime < time.time() - 3600:
+                shutil.rmtree(left, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     try:
         yield staging
         names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-        old = sorted(name for name in os.listdir(directory) if name not in names and stale(name))
-        (staging / _LIST).write_text(json.dumps({"files": names, "stale": old}), encoding="utf-8")
-        for path in [*staging.rglob("*"), staging]:
+        for path in staging.rglob("*"):
             sync(path)
-        os.rename(staging, directory / _SAVED)
+        with _claimed(directory):
+            _move(directory)  # a set that another process has finished goes first
+            others = {path.name for path in directory.iterdir() if path.is_file()} - {*names, _LOCK}
+            old = sorted(name for name in others if stale(name))
+            (staging / _LIST).write_text(json.dumps({"files": names, "stale": old}), encoding="utf-8")
+            for path in (staging / _LIST, staging):
+                sync(path)
+            os.rename(staging, directory / _SAVED)
+            _move(directory)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         if is_new:
             with suppress(OSError):  # not empty: someone else has written there
                 directory.rmdir()
         raise
-    _put_in_place(directory)
 
 
-def _put_in_place(directory: Path) -> None:
-    """Move a whole set of saved files to their places; does nothing when there is none, may run twice at once.
+@contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """Be the only one, of all processes and threads, that puts files into a directory. Waits for whoever does."""
+    from filelock import FileLock  # comes with huggingface_hub
+
+    path = directory / _LOCK
+    with FileLock(path):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # who waits for this file sees that it is gone, and makes one anew
+                path.unlink()
+
+
+def _put_in_place(directory: Path) -> bool:
+    """Complete a save that was interrupted, or wait for the process that is at it; whether there was one."""
+    saved = directory / _SAVED
+    if not saved.is_dir() or saved.is_symlink():
+        return False
+    with _claimed(directory):
+        _move(directory)
+    return True
+
+
+def _move(directory: Path) -> None:
+    """Move a whole set of saved files to their places; does nothing when there is none. Only within `_claimed`.
 
     Raises ValueError if the set is not one that `replacing` made: a directory may come from anyone.
     """
@@ -356,7 +475,7 @@ def _put_in_place(directory: Path) -> None:
         listed = json.loads((saved / _LIST).read_text(encoding="utf-8"))
         moves = [(_inside(saved, name), _inside(directory, name)) for name in listed["files"]]
         stale = [_inside(directory, name) for name in listed["stale"]]
-    except FileNotFoundError:  # all has been done, perhaps by another process just now
+    except FileNotFoundError:  # all has been done but this
         shutil.rmtree(saved, ignore_errors=True)
         return
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -147,7 +147,7 @@ class Pretrained(KeepsTies):
         else:
             config = copy.deepcopy(config)  # the caller may go on changing it
         if state_dict is None:
-            stored = checkpoint.open_files(source.weights())
+            stored = checkpoint.open_weights(source)
         else:
             stored = _in_memory(state_dict)
         if _is_ours(cls):

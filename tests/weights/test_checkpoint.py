@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import minibert
-from minibert.weights import checkpoint
+from minibert.weights import checkpoint, hub, tensors
 from minibert.weights.ties import aliases
 
 CONFIG = minibert.BertConfig(
@@ -107,10 +108,10 @@ def test_transposed_and_tied_tensors_of_a_pickle(tmp_path: Path) -> None:
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_CHUNK", 1000)
-    tensors = {"a": torch.randn(3), "b": torch.randn(77, 33), "c": torch.randn(5000)}
-    write_raw(tmp_path / "x.safetensors", *_shifted(tensors))
-    assert same(tensors_in(tmp_path / "x.safetensors"), tensors)
+    monkeypatch.setattr(tensors, "_CHUNK", 1000)
+    values = {"a": torch.randn(3), "b": torch.randn(77, 33), "c": torch.randn(5000)}
+    write_raw(tmp_path / "x.safetensors", *_shifted(values))
+    assert same(tensors_in(tmp_path / "x.safetensors"), values)
 
 
 def _shifted(tensors: dict[str, Tensor]) -> tuple[bytes, bytes]:
@@ -218,6 +219,98 @@ def test_pickle_of_other_things(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "x.bin")
     with pytest.raises(ValueError, match=r"x\.bin.*(not a dense tensor|not the tensors of a model)"):
         tensors_in(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("padding", ["", "12345678"], ids=["mapped", "copied"])
+def test_what_is_read_is_what_was_opened(tmp_path: Path, padding: str) -> None:
+    """A save that replaces a file after its header was read changes nothing in what is then read."""
+    path = tmp_path / "x.safetensors"
+    metadata = {"padding": padding}
+    safetensors.torch.save_file({"a": torch.zeros(4096)}, path, metadata)
+    stored = checkpoint.open_files([path])["a"]
+    safetensors.torch.save_file({"a": torch.ones(4096)}, tmp_path / "new", metadata)
+    (tmp_path / "new").replace(path)
+    assert torch.equal(checkpoint.read([stored])[0], torch.zeros(4096))
+    path.unlink()
+    assert stored.sha256 == checkpoint.open_files([_saved(tmp_path / "same", torch.zeros(4096))])["a"].sha256
+
+
+def _saved(path: Path, tensor: Tensor) -> Path:
+    path = path.with_suffix(".safetensors")
+    safetensors.torch.save_file({"a": tensor}, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_file_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """Between the look at a header and what a library reads by the file's name."""
+    path = tmp_path / f"x{suffix}"
+    save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
+    save({"a": torch.zeros(64)}, path)
+    save({"a": torch.ones(64)}, tmp_path / "new")
+    module, name = (safetensors, "safe_open") if suffix == ".safetensors" else (torch, "load")
+    original = getattr(module, name)
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        if (tmp_path / "new").exists():
+            (tmp_path / "new").replace(path)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, replaced)
+    with pytest.raises(OSError, match="was replaced while it was opened"):
+        checkpoint.open_files([path])
+
+
+def test_shards_of_two_saves_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process finishes a save at any moment while the files are opened: all are old, or all are new."""
+
+    def save(value: float) -> None:
+        model = {name: torch.full((1000,), value) for name in "abc"}
+        with hub.replacing(tmp_path, stale=checkpoint.is_shard) as staging:
+            checkpoint.write(staging, model, max_shard_size=4000)
+
+    original = tensors.OpenFile
+    for moment in range(1, 8):
+        save(0)
+        opened = 0
+
+        def opening(path: Path, moment: int = moment) -> tensors.OpenFile:
+            nonlocal opened
+            opened += 1
+            if opened == moment:
+                save(1)
+            return original(path)
+
+        monkeypatch.setattr(tensors, "OpenFile", opening)
+        stored = checkpoint.open_weights(hub.Source(tmp_path))
+        monkeypatch.setattr(tensors, "OpenFile", original)
+        values = {float(tensor[0]) for tensor in checkpoint.read(list(stored.values()))}
+        assert values == ({1.0} if moment <= 3 else {0.0})
+
+
+def test_a_config_of_another_save_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    _saved(tmp_path / "model", torch.zeros(3))
+    source = hub.Source(tmp_path)
+    source.file("config.json")
+    with hub.replacing(tmp_path) as staging:
+        (staging / "config.json").write_text('{"a": 1}')
+        _saved(staging / "model", torch.ones(3))
+    with pytest.raises(OSError, match=r"config\.json was replaced while the model was opened: open it again"):
+        checkpoint.open_weights(source)
+    assert checkpoint.open_weights(hub.Source(tmp_path))
+
+
+def test_each_copied_tensor_has_memory_of_its_own(tmp_path: Path) -> None:
+    """Who keeps one misaligned tensor keeps its bytes, and not those of all others."""
+    many = {f"t{i}": torch.ones(100_000) for i in range(8)}
+    safetensors.torch.save_file(many, tmp_path / "x.safetensors", {"padding": "12345678"})
+    stored = list(checkpoint.open_files([tmp_path / "x.safetensors"]).values())
+    tracemalloc.start()
+    kept = checkpoint.read(stored)[0]
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept.nbytes <= held < 2 * kept.nbytes
 
 
 def test_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:

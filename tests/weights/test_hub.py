@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -192,6 +193,44 @@ def test_server_down(server: LocalHub) -> None:
         hub.fetch("bert-large-uncased", "config.json")
 
 
+@pytest.mark.parametrize("name", ["bert-base-uncased", "google-bert/bert-base-uncased"])
+def test_a_cached_model_while_connections_break(server: LocalHub, name: str) -> None:
+    """As when no connection can be made at all, and as when the Hub answers with status 500."""
+    load(name)
+    server.faults += [Fault(method=method, times=1000, reset=True) for method in ("HEAD", "GET")]
+    load(name)
+    with pytest.raises(ConnectionError, match="'bert-large-uncased' is no directory here.*could not be fetched"):
+        hub.fetch("bert-large-uncased", "config.json")
+
+
+def test_a_name_that_cannot_be_asked_for(server: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both facts, and at once: no attempt is repeated."""
+    (tmp_path / "reviews" / "model").mkdir(parents=True)
+    (tmp_path / "reviews" / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    server.stop()
+    huggingface_hub.close_session()
+    slept: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", slept.append)
+    expected = r"'revews/model' is no directory here \(did you mean 'reviews/model'\?\).*could not be fetched from http"
+    with pytest.raises(ConnectionError, match=expected):
+        hub.fetch("revews/model", "config.json")
+    with pytest.raises(FileNotFoundError, match=r"offline.*nor is it a directory here \(did you mean 'reviews/model'"):
+        hub.fetch("reviews/modle", "config.json", local_files_only=True)
+    with pytest.raises(FileNotFoundError, match=r"no such directory: .*did you mean 'reviews/model'"):
+        hub.fetch("./reviws/model", "config.json")
+    assert slept == []
+
+
+def test_a_folder_of_models_hints_at_them(tmp_path: Path) -> None:
+    (tmp_path / "rv" / "model").mkdir(parents=True)
+    (tmp_path / "rv" / "model" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"has no weights.*did you mean '.*rv/model'\?"):
+        hub.fetch_weights(tmp_path / "rv")
+    with pytest.raises(ValueError, match=r"has no config.json.*did you mean '.*rv/model'\?"):
+        BertModel.from_pretrained(tmp_path / "rv")
+
+
 def test_interrupted_download_is_resumed(server: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     server.faults.append(Fault(cut=10_000))
@@ -270,7 +309,10 @@ def test_bundled_model_is_stored_in_half_precision_and_opened_in_single(tmp_path
     model = BertModel(BertConfig.named("tiny", vocab_size=50)).half()
     for directory in (tmp_path / "bundled", tmp_path / "elsewhere" / "own"):
         model.save_pretrained(directory)
-    for name in ("bundled", hub.default_model()):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "bundled")
+    spellings = ("bundled", hub.default_model(), "./bundled", "elsewhere/../bundled", "elsewhere/link", Path("bundled"))
+    for name in spellings:
         assert BertModel.from_pretrained(name).dtype == torch.float32
         assert BertModel.from_pretrained(name, dtype="auto").dtype == torch.float16
     assert BertModel.from_pretrained(tmp_path / "elsewhere" / "own").dtype == torch.float16
@@ -343,10 +385,46 @@ def test_failure_changes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "fresh" / "one").exists()
 
 
+SAVING = """
+import sys
+from minibert.weights import hub
+for i in range(16):
+    with hub.replacing(sys.argv[1], stale=lambda name: True) as staging:
+        for part in range(1 + i % 3):
+            (staging / f"{sys.argv[2]}-{part}").write_text(f"{sys.argv[2]}-{i}")
+"""
+
+
+def test_saves_and_openings_at_once(tmp_path: Path) -> None:
+    """Two processes save sets of different names, others open: what is there in the end is one of the last sets."""
+    directory = tmp_path / "model"
+    savers = [subprocess.Popen([sys.executable, "-c", SAVING, directory, name]) for name in ("a", "b")]
+    while any(saver.poll() is None for saver in savers):
+        if directory.is_dir():
+            hub.Source(directory)
+    assert [saver.returncode for saver in savers] == [0, 0]
+    hub.Source(directory)
+    left = files(directory)
+    assert set(left.values()) in ({"a-15"}, {"b-15"})
+    assert sorted(left) == [f"{next(iter(left))[0]}-0"]  # the last set has one file
+
+
+def test_a_save_waits_for_the_process_that_puts_files_in_place(tmp_path: Path) -> None:
+    save_new(tmp_path)
+    with hub._claimed(tmp_path):
+        thread = threading.Thread(target=save_new, args=(tmp_path,))
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert not (tmp_path / ".saved").exists()
+    thread.join()
+    assert files(tmp_path) == NEW
+    assert not list(tmp_path.glob(".sav*"))
+
+
 # Dies at the n-th call that changes the directory or opens a file in it, while it saves a new set of files
 DYING_SAVE = """
 import json, os, sys
-from minibert import BertConfig, BertModel
 from minibert.weights import hub
 directory, left, new = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 events = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
