@@ -1,6 +1,6 @@
 """Embed a data set on a cluster with Ray Data; each actor loads the encoder once.
 
-    pip install minibert[ray]
+    pip install minibert-torch[ray]
     python examples/ray_embed.py texts.txt embeddings/ --model sentence-transformers/all-MiniLM-L6-v2 --actors 4
 
 Input: text files, one text a line, on any storage that Ray reads. Output: Parquet files with the columns "text" and
@@ -32,7 +32,7 @@ def embed(texts: ray.data.Dataset, model: str, actors: int, cpus: float, gpus: f
     """texts has a column "text". cpus and gpus are those of one actor; torch uses as many threads as it has cpus."""
     return texts.map_batches(
         Embed,
-        fn_constructor_kwargs={"model": model, "device": "cuda" if gpus else None},
+        fn_constructor_kwargs={"model": model, "device": "cuda" if gpus else "cpu"},
         batch_size=512,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=cpus,

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 Arguments = argparse.Namespace
 
 STANDARD_INPUT = "-"
+PACKED = {".gz": gzip.open, ".xz": lzma.open}  # ends of the names of files that are unpacked
 INTERRUPTED = 130  # the exit status after Ctrl-C: 128 and the number of SIGINT
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}  # short names of types
 
@@ -119,7 +120,7 @@ def opened(file: str) -> BinaryIO:
     """A file for reading bytes: as it is, unpacked if its name ends in .gz or .xz, or standard input for "-"."""
     if file == STANDARD_INPUT:
         return open(sys.stdin.fileno(), "rb", closefd=False)
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(Path(file).suffix, open)
+    opener: Any = PACKED.get(Path(file).suffix, open)
     return opener(file, "rb")
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import lzma
 import os
-import sys
 import time
+import zlib
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
-from minibert.embedding.encoder import Options, SentenceEncoder
+from minibert.checks import check_count
+from minibert.embedding.encoder import SentenceEncoder
+from minibert.embedding.options import Options
 from minibert.embedding.texts import CHUNK_CHARACTERS
+from minibert.terminal import PACKED, STANDARD_INPUT, opened
 
-STANDARD_INPUT = "-"
 _LINES = 256  # at once; more is no faster, and they are what an interruption costs
 _SAVE_EVERY = 1.0  # seconds; a kill costs these too
 _HEADER = 128  # bytes of a .npy's header; numpy leaves room in it for any number of rows
@@ -56,89 +62,87 @@ def embed_file(
     output: str | os.PathLike[str],
     *,
     show_progress_bar: bool | None = None,
+    processes: int | None = None,
     **options: Any,
 ) -> Embedded:
-    """Embed each line of `source` (UTF-8; "-" for standard input) into a float32 array (lines, D) in the file `output`.
+    """Embed each line of a file of UTF-8 into a float32 array (lines, D) in the file `output`.
 
+    source: a path, unpacked if it ends in .gz or .xz, or "-" for standard input.
     Row i is of line i; an empty line is an empty text. `output` appears when all is done, and until then what was
     there stays. Rows are kept in OUTPUT.partial, itself a valid .npy of what is finished, with its state in
     OUTPUT.progress: after Ctrl-C, a kill or an error the same call goes on from there. Standard input cannot be
     resumed; its finished rows stay in OUTPUT.partial.
 
     options are those of `SentenceEncoder.encode` that change vectors: prompt_name, prompt, normalize, truncate_dim;
-    and batch_size.
+    and batch_size. processes: spread the work over so many new ones, as there.
 
     Raises ValueError for a line that is not UTF-8, and if the unfinished work is of another input or other settings;
     OSError for files that cannot be read or written.
     """
     chosen = encoder.options(**options)
+    if processes is not None:
+        check_count("processes", processes)
     output, resumable = Path(output), os.fspath(source) != STANDARD_INPUT
     if output.is_dir() or (resumable and output.exists() and output.samefile(source)):
         raise ValueError(f"output {output} is {'a directory' if output.is_dir() else 'the input'}: name another file")
     width = encoder.width(chosen.truncate_dim)
     begin = _begin(output, _settings(encoder, chosen), resumable)
-    with _opened(source) as stream:
+    with opened(os.fspath(source)) as stream:
         digest = _skip(stream, begin, output)
-        size = os.fstat(stream.fileno()).st_size if resumable else None
-        with _Rows(output, width, begin, resumable) as rows, _bar(size, begin, show_progress_bar) as bar:
-            for texts, read in _chunks(stream, begin.lines):
-                vectors, cut = encoder.embed(texts, chosen)
+        plain = resumable and Path(source).suffix not in PACKED
+        size = os.fstat(stream.fileno()).st_size if plain else None
+        with (
+            _Rows(output, width, begin, resumable) as rows,
+            _bar(size, begin, show_progress_bar) as bar,
+            closing(_embedded(encoder, _chunks(stream, begin.lines), chosen, processes)) as results,
+        ):
+            for vectors, cut, read in results:
                 digest.update(read)
                 rows.append(vectors.float().cpu().numpy(), len(read), digest.hexdigest(), cut)
-                bar.update(len(read) if resumable else len(texts))
+                bar.update(len(vectors) if size is None else len(read))
                 bar.set_postfix(texts=rows.progress.lines, refresh=False)
     rows.finish()
     done = rows.progress
     return Embedded(str(output), done.lines, width, done.truncated, encoder.max_seq_length, begin.lines)
 
 
-def run(
-    source: str,
-    output: str,
-    *,
-    model: str,
-    revision: str | None,
-    device: str | None,
-    dtype: str | None,
-    **options: Any,
-) -> None:
-    """`minibert embed`: load, embed, and say what became of it. Results go to standard output, the rest to error."""
-    encoder = SentenceEncoder.from_pretrained(model, revision=revision, device=device, dtype=dtype)
-    if source == STANDARD_INPUT:
-        print("standard input cannot be resumed: if this is interrupted, it starts anew", file=sys.stderr)
-    elif _state(Path(output)).exists():
-        print(f"{_partial(Path(output))} is there: going on", file=sys.stderr)
-    try:
-        done = embed_file(encoder, source, output, **options)
-    except KeyboardInterrupt:
-        again = "" if source == STANDARD_INPUT else "; the same command goes on from there"
-        print(f"\nwhat was finished is in {_partial(Path(output))}{again}", file=sys.stderr)
-        raise
-    resumed = f", {done.resumed} of them from before" if done.resumed else ""
-    print(f"{done.output}: {done.texts} texts{resumed}, {done.dimension} numbers each, float32")
-    if done.truncated:
-        which = "1 text had" if done.truncated == 1 else f"{done.truncated} texts had"
-        was = "was" if done.truncated == 1 else "were"
-        print(f"{which} more than {done.max_seq_length} tokens and {was} cut", file=sys.stderr)
+def _embedded(
+    encoder: SentenceEncoder, chunks: Iterator[tuple[list[str], bytes]], options: Options, processes: int | None
+) -> Iterator[tuple[Tensor, int, bytes]]:
+    """The vectors of each chunk, how many of its texts were cut, and the bytes that it was read from."""
+    if processes is None:
+        for texts, read in chunks:
+            yield *encoder.embed(texts, options), read
+        return
+    waiting: deque[bytes] = deque()
+
+    def parts() -> Iterator[list[str]]:
+        for texts, read in chunks:
+            waiting.append(read)
+            yield texts
+
+    with encoder.start_multi_process_pool([encoder.device] * processes) as pool:
+        for vectors, cut in pool.embed(parts(), options):
+            yield vectors, cut, waiting.popleft()
 
 
 def _begin(output: Path, settings: dict[str, Any], resumable: bool) -> Progress:
     """Where an earlier run of the same work stopped, else the beginning."""
-    partial, state = _partial(output), _state(output)
-    if not (state.exists() and partial.exists()):
+    rows, told = partial(output), state(output)
+    if not (told.exists() and rows.exists()):
         return Progress(settings=settings)
     if not resumable:
-        raise ValueError(f"{partial} is unfinished work on a file: finish or delete it, with {state}")
+        raise ValueError(f"{rows} is unfinished work on a file: finish or delete it, with {told}")
     try:
-        progress = Progress(**json.loads(state.read_bytes()))
-        if partial.stat().st_size < _HEADER + progress.lines:
-            raise ValueError(f"{partial} is too short")
+        progress = Progress(**json.loads(told.read_bytes()))
+        if rows.stat().st_size < _HEADER + progress.lines:
+            raise ValueError(f"{rows} is too short")
         differing = [name for name in settings if settings[name] != progress.settings[name]]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{state} is damaged ({error!r}): delete it to begin anew") from None
+        raise ValueError(f"{told} is damaged ({error!r}): delete it to begin anew") from None
     if differing:
         raise ValueError(
-            f"{partial} was begun with another {' and '.join(differing)}: delete {state} to begin anew, or name "
+            f"{rows} was begun with another {' and '.join(differing)}: delete {told} to begin anew, or name "
             "another output"
         )
     return progress
@@ -148,12 +152,11 @@ def _settings(encoder: SentenceEncoder, options: Options) -> dict[str, Any]:
     """What decides over the vectors. The model goes by its weights, wherever they lie."""
     tokenizer = [repr(encoder.tokenizer), sorted(encoder.tokenizer.get_vocab().items())]
     digest = hashlib.sha256(json.dumps(tokenizer).encode())
-    plain = getattr(encoder.model, "model", encoder.model)
-    for tensor in (*plain.state_dict().values(), *encoder.after.state_dict().values()):
+    for tensor in (*encoder.plain.state_dict().values(), *encoder.after.state_dict().values()):
         digest.update(tensor.float().cpu().contiguous().numpy())
     return {
         "model": digest.hexdigest(),
-        "dtype": str(getattr(encoder.model, "plan", plain).dtype),
+        "dtype": str(getattr(encoder.model, "plan", encoder.plain).dtype),
         "pooling": f"{encoder.pooling} {encoder.after}",
         "max_seq_length": encoder.max_seq_length,
         "prompt": options.prompt,
@@ -162,21 +165,16 @@ def _settings(encoder: SentenceEncoder, options: Options) -> dict[str, Any]:
     }
 
 
-def _partial(output: Path) -> Path:
+def partial(output: str | os.PathLike[str]) -> Path:
+    """Where the rows are until all is done."""
+    output = Path(output)
     return output.with_name(f"{output.name}.partial")
 
 
-def _state(output: Path) -> Path:
+def state(output: str | os.PathLike[str]) -> Path:
+    """Where it is said how far they go."""
+    output = Path(output)
     return output.with_name(f"{output.name}.progress")
-
-
-@contextmanager
-def _opened(source: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    if os.fspath(source) == STANDARD_INPUT:
-        yield sys.stdin.buffer
-        return
-    with open(source, "rb") as stream:
-        yield stream
 
 
 def _skip(stream: BinaryIO, progress: Progress, output: Path) -> Any:
@@ -187,8 +185,8 @@ def _skip(stream: BinaryIO, progress: Progress, output: Path) -> Any:
         left -= len(data)
     if digest.hexdigest() != progress.sha256:
         raise ValueError(
-            f"the first {progress.lines} lines of the input are not those that {_partial(output)} was made from: "
-            f"delete {_state(output)} to begin anew, or name another output"
+            f"the first {progress.lines} lines of the input are not those that {partial(output)} was made from: "
+            f"delete {state(output)} to begin anew, or name another output"
         )
     return digest
 
@@ -197,13 +195,20 @@ def _chunks(stream: BinaryIO, number: int) -> Iterator[tuple[list[str], bytes]]:
     """Lists of texts, and the bytes that they were read from. What is before a bad line is given before the error."""
     texts: list[str] = []
     read = bytearray()
-    for line in stream:
+    failure: ValueError | None = None
+    lines = iter(stream)
+    while True:
         try:
+            line = next(lines)
             text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+        except StopIteration:
+            break
         except UnicodeDecodeError as error:
-            if texts:
-                yield texts, bytes(read)
-            raise ValueError(f"line {number + 1} is not UTF-8: {error}") from None
+            failure = ValueError(f"line {number + 1} is not UTF-8: {error}")
+            break
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            failure = ValueError(f"what is packed is damaged after line {number}: {error}")
+            break
         texts.append(text.rstrip("\r\n"))
         read += line
         number += 1
@@ -212,13 +217,16 @@ def _chunks(stream: BinaryIO, number: int) -> Iterator[tuple[list[str], bytes]]:
             texts, read = [], bytearray()
     if texts:
         yield texts, bytes(read)
+    if failure is not None:
+        raise failure
 
 
 def _bar(size: int | None, progress: Progress, show: bool | None) -> tqdm:
-    kind = {"unit": "text"} if size is None else {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-    return tqdm(
-        desc="embed", total=size, initial=progress.offset, disable=None if show is None else not show, **kind
-    )  # fmt: skip
+    disable = None if show is None else not show
+    if size is None:
+        return tqdm(desc="embed", unit="text", initial=progress.lines, disable=disable)
+    kind: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    return tqdm(desc="embed", total=size, initial=progress.offset, disable=disable, **kind)
 
 
 class _Rows:
@@ -228,7 +236,7 @@ class _Rows:
         self.output, self.width, self.progress, self.resumable = output, width, progress, resumable
 
     def __enter__(self) -> _Rows:
-        self.file = open(_partial(self.output), "r+b" if self.progress.lines else "wb")
+        self.file = open(partial(self.output), "r+b" if self.progress.lines else "wb")
         self.save()
         return self
 
@@ -255,9 +263,9 @@ class _Rows:
         self.file.flush()
         os.fsync(self.file.fileno())
         if self.resumable:
-            beside = _state(self.output).with_name(f"{self.output.name}.progress-new")
+            beside = state(self.output).with_name(f"{self.output.name}.progress-new")
             beside.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
-            os.replace(beside, _state(self.output))
+            os.replace(beside, state(self.output))
         self.saved = time.monotonic()
 
     def __exit__(self, *_: Any) -> None:
@@ -265,5 +273,5 @@ class _Rows:
         self.file.close()
 
     def finish(self) -> None:
-        os.replace(_partial(self.output), self.output)
-        _state(self.output).unlink(missing_ok=True)
+        os.replace(partial(self.output), self.output)
+        state(self.output).unlink(missing_ok=True)

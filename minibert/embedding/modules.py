@@ -5,7 +5,9 @@ Their files and their numbers are those of sentence-transformers 6.2.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +75,16 @@ class Pooling(nn.Module):
         modes = config.get("pooling_mode") or [mode for key, mode in _OLD_KEYS.items() if config.get(key)] or "mean"
         return cls(modes, config.get("include_prompt", True))
 
+    def write_files(self, folder: Path, hidden_size: int) -> None:
+        """What `from_config` reads, in the form that sentence-transformers has read since its beginnings."""
+        known = [mode for mode in _OLD_KEYS.values() if mode in self.modes]
+        config: dict[str, Any] = {"word_embedding_dimension": hidden_size, "include_prompt": self.include_prompt}
+        if list(self.modes) == known:
+            config |= {key: mode in self.modes for key, mode in _OLD_KEYS.items()}
+        else:  # an order that the old form cannot say
+            config |= {"pooling_mode": list(self.modes)}
+        _write_config(folder, config)
+
     @property
     def first_token_only(self) -> bool:
         """Whether nothing but the first token's state is looked at."""
@@ -115,13 +127,26 @@ class Dense(nn.Module):
             getattr(nn, kind)(),
             config.get("use_residual", False),
         )
-        stored = checkpoint.open_files(folder.weights())
+        stored = checkpoint.open_weights(folder)
         tensors = dict(zip(stored, checkpoint.read(list(stored.values())), strict=True))
         try:
             dense.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"the weights of {folder.name} do not fit its config: {error}") from None
         return dense
+
+    def write_files(self, folder: Path, hidden_size: int) -> None:
+        """What `from_files` reads."""
+        kind = type(self.activation)
+        config = {
+            "in_features": self.linear.in_features,
+            "out_features": self.linear.out_features,
+            "bias": self.linear.bias is not None,
+            "activation_function": f"{kind.__module__}.{kind.__name__}",
+            **({"use_residual": True} if self.use_residual else {}),
+        }
+        _write_config(folder, config)
+        checkpoint.write_file(folder / "model.safetensors", self.state_dict())
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.activation(self.linear(x))
@@ -133,5 +158,13 @@ class Dense(nn.Module):
 class Normalize(nn.Module):
     """To length 1."""
 
+    def write_files(self, folder: Path, hidden_size: int) -> None:
+        """There is nothing to say of it."""
+        _write_config(folder, {})
+
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1)
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

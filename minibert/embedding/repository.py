@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from minibert.embedding.modules import Dense, Normalize, Pooling
-from minibert.weights import hub
+from minibert.weights import checkpoint, hub
 
+if TYPE_CHECKING:
+    from minibert.embedding.base import Encoder
+
+_PACKAGE = "sentence_transformers.models"
 _AFTER = {"Dense", "Normalize", "Dropout"}  # may follow the pooling, in any order and number
 
 
@@ -27,6 +32,12 @@ class Folder(hub.Source):
     @property
     def directory(self) -> Any:
         return None if self.whole.directory is None else self.whole.directory / self.path
+
+    def settle(self) -> bool:
+        return self.whole.settle()
+
+    def check_unchanged(self) -> None:
+        self.whole.check_unchanged()
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,41 @@ def _modules(source: hub.Source) -> list[Module]:
         name = "Transformer" if name == "BERT" else name  # as it was called in 2019
         modules.append(Module(name, Folder(source, path) if path.strip("/.") else source))
     return modules
+
+
+def write_repository(encoder: Encoder, directory: str | os.PathLike[str]) -> None:
+    """Write all that `open_repository` reads, whole or not at all.
+
+    Raises TypeError for a module that has no such files, before anything is written.
+    """
+    modules = [encoder.pooling, *encoder.after]
+    for module in modules:
+        if type(module) not in (Pooling, Dense, Normalize):
+            raise TypeError(f"{type(module).__name__} cannot be saved: only Pooling, Dense and Normalize have files")
+    with hub.replacing(directory, stale=checkpoint.is_shard) as staging:
+        encoder.plain.save_pretrained(staging)
+        encoder.tokenizer.save_pretrained(staging)
+        listed = [{"idx": 0, "name": "0", "path": "", "type": f"{_PACKAGE}.Transformer"}]
+        for number, module in enumerate(modules, 1):
+            kind = type(module).__name__
+            path = f"{number}_{kind}"
+            (staging / path).mkdir()
+            module.write_files(staging / path, encoder.plain.config.hidden_size)
+            listed.append({"idx": number, "name": str(number), "path": path, "type": f"{_PACKAGE}.{kind}"})
+        defaults = {
+            "model_type": "SentenceTransformer",
+            "prompts": encoder.prompts,
+            "default_prompt_name": encoder.default_prompt_name,
+            "similarity_fn_name": encoder.similarity_fn_name,
+            "truncate_dim": encoder.truncate_dim,
+        }
+        settings = {"max_seq_length": encoder.max_seq_length, "do_lower_case": False}  # the tokenizer's files say it
+        for name, content in (
+            ("modules.json", listed),
+            ("config_sentence_transformers.json", defaults),
+            ("sentence_bert_config.json", settings),
+        ):
+            (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(source: hub.Source, filename: str, kind: type = dict) -> Any:

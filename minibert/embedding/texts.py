@@ -1,52 +1,69 @@
-"""Texts as they come, checked one by one and gathered in chunks that fit in memory."""
+"""Texts and pairs of texts as they come, checked one by one and gathered in chunks that fit in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from minibert.checks import check_text, shown
+
+Text = str | tuple[str, str]  # a pair is two texts in one sequence: [CLS] a [SEP] b [SEP]
+
 CHUNK_TEXTS = 512  # enough to sort by length; a progress bar moves, and a Ctrl-C loses, so many
 CHUNK_CHARACTERS = 1 << 22  # of all texts of a chunk together
 
 
-def check_iterable(texts: Any) -> None:
-    """Raise TypeError for what cannot be texts in some order."""
-    if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise TypeError(f"texts must be a str or an iterable of str, got {_show(texts)}")
+def as_texts(inputs: Any) -> tuple[Iterable[Any], bool]:
+    """The texts one after another, and whether they were a single one, given without a list around it.
+
+    An array of strings is a text a row, one of shape (n, 2) a pair a row. Raises TypeError for what cannot be texts
+    in some order.
+    """
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "UO":
+        inputs = inputs.tolist()  # one str if it has no dimension
+    if isinstance(inputs, str):
+        return [inputs], True
+    # Of sets and mappings the order is nobody's, and bytes and numbers are no texts
+    unordered = isinstance(inputs, (bytes, bytearray, Mapping, set, frozenset, np.ndarray))
+    if unordered or not isinstance(inputs, Iterable):
+        raise TypeError(f"texts must be a str or an iterable of str, got {shown(inputs)}")
+    return inputs, False
 
 
-def check_text(text: Any, where: str) -> None:
-    """Raise TypeError for what is no str, ValueError for a str that is not Unicode (a lone surrogate)."""
-    if not isinstance(text, str):
-        raise TypeError(f"{where} must be a str, got {_show(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        what = f"lone surrogate {text[error.start]!r} at character {error.start}"
-        raise ValueError(f"{where} is not Unicode text: {what}") from None
+def checked(text: Any, where: str) -> Text:
+    """A text, or a pair of texts as a tuple. Raises as `check_text` does."""
+    if isinstance(text, (tuple, list)):
+        if len(text) != 2:
+            raise TypeError(f"{where} must be a str or a pair of them, got {shown(text)}")
+        for number, part in enumerate(text):
+            check_text(part, f"{where}[{number}]")
+        return text[0], text[1]
+    check_text(text, where)
+    return text
 
 
-def chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+def characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+
+
+def chunks(texts: Iterable[Any], size: int) -> Iterator[list[Text]]:
     """Lists of at most `size` texts (fewer if they are long), in order.
 
     What comes before a wrong text, or before a failure of the iterable itself, is given before the error is raised.
     """
-    failure, chunk, characters = None, [], 0
+    failure, chunk, total = None, [], 0
     try:
         for number, text in enumerate(texts):
-            check_text(text, f"texts[{number}]")
-            chunk.append(text)
-            characters += len(text)
-            if len(chunk) == size or characters >= CHUNK_CHARACTERS:
+            chunk.append(checked(text, f"texts[{number}]"))
+            total += characters(chunk[-1])
+            if len(chunk) == size or total >= CHUNK_CHARACTERS:
                 yield chunk
-                chunk, characters = [], 0
+                chunk, total = [], 0
     except Exception as error:
         failure = error
     if chunk:
         yield chunk
     if failure is not None:
         raise failure
-
-
-def _show(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__name__} {value!r:.60}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pickle
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,41 +18,86 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from minibert.embedding.encoder import Options, SentenceEncoder
+    from minibert.embedding.texts import Text
 
 _AHEAD = 2  # chunks a worker has waiting, so that none is idle while results are taken in order
 
 _encoder: SentenceEncoder  # in a worker: its own
 
 
-def embed(encoder: SentenceEncoder, parts: Iterator[list[str]], options: Options, processes: int) -> Iterator[Tensor]:
-    """The vectors of each part, in order. Workers are started for it and end with it.
+class Pool:
+    """Worker processes, each with a copy of the encoder as it is now, trained on or not, on a device of its own.
 
-    Raises RuntimeError that names the texts where a worker failed or was killed.
+    They share the threads of this process. `close`, or leaving the `with` block, ends them.
     """
-    copy = pickle.dumps(encoder)  # by value: what is encoded with is the model as it is now, trained on or not
-    threads = max(1, torch.get_num_threads() // processes)
-    waiting: deque[tuple[int, int, Future]] = deque()
-    # Not forked: threads of torch and of the tokenizer do not survive that
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start, (copy, threads)) as pool:
+
+    def __init__(self, encoder: SentenceEncoder, devices: Sequence[str | torch.device]):
+        if not devices:
+            raise ValueError("devices is empty: a pool needs at least one")
+        threads = max(1, torch.get_num_threads() // len(devices))
+        # In a list, which the worker empties: an argument itself would be kept as long as the process lives
+        copy = [pickle.dumps(encoder)]
+        # Not forked: threads of torch and of the tokenizer do not survive that
+        context = get_context("spawn")
+        self._workers = [ProcessPoolExecutor(1, context, _start, (copy, threads, str(device))) for device in devices]
+        self._loads = [0] * len(devices)
         try:
-            number, failure = 0, None
+            for started in [worker.submit(_ready) for worker in self._workers]:
+                _result(started, "a worker process could not start")
+        except BaseException:
+            self.close()
+            raise
+        copy.clear()
+
+    def embed(self, parts: Iterator[list[Text]], options: Options) -> Iterator[tuple[Any, int]]:
+        """What `SentenceEncoder.embed` gives for each part, in order.
+
+        Raises RuntimeError that names the texts where a worker failed.
+        """
+        waiting: deque[tuple[int, int, int, Future[Any]]] = deque()
+
+        def first() -> tuple[Any, int]:
+            start, end, worker, future = waiting.popleft()
+            self._loads[worker] -= 1
+            results, cut = _result(future, f"texts[{start}] to texts[{end - 1}]")
+            return _map(results, lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value), cut
+
+        number, failure = 0, None
+        try:
             while True:
                 part, failure = _next(parts)
                 if part is None:
                     break
-                waiting.append((number, number + len(part), pool.submit(_embed, part, options)))
+                worker = min(range(len(self._workers)), key=self._loads.__getitem__)
+                future = self._workers[worker].submit(_embed, part, options)
+                self._loads[worker] += 1
+                waiting.append((number, number + len(part), worker, future))
                 number += len(part)
-                if len(waiting) > _AHEAD * processes:
-                    yield _result(*waiting.popleft())
+                if len(waiting) > _AHEAD * len(self._workers):
+                    yield first()
             while waiting:  # what came before a failure is given first
-                yield _result(*waiting.popleft())
+                yield first()
             if failure is not None:
                 raise failure
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for *_, worker, future in waiting:
+                future.cancel()
+                self._loads[worker] -= 1
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-def _next(parts: Iterator[list[str]]) -> tuple[list[str] | None, Exception | None]:
+def _next(parts: Iterator[list[Text]]) -> tuple[list[Text] | None, Exception | None]:
     """The next part, or None at the end, and what went wrong if that is why."""
     try:
         return next(parts, None), None
@@ -59,22 +105,43 @@ def _next(parts: Iterator[list[str]]) -> tuple[list[str] | None, Exception | Non
         return None, error
 
 
-def _start(copy: bytes, threads: int) -> None:
+def _start(copy: list[bytes], threads: int, device: str) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one acts on it
     torch.set_num_threads(threads)
-    _encoder = pickle.loads(copy)
+    _encoder = pickle.loads(copy.pop()).to(device)
 
 
-def _embed(texts: list[str], options: Options) -> np.ndarray:
-    return _encoder.embed(texts, options)[0].float().cpu().numpy()  # a tensor would be sent by shared memory, and stay
+def _ready() -> None:
+    """Done once the worker has its encoder."""
 
 
-def _result(start: int, end: int, future: Future) -> Tensor:
+def _embed(texts: list[Text], options: Options) -> tuple[Any, int]:
+    results, cut = _encoder.embed(texts, options)
+    return _map(results, _as_array), cut
+
+
+def _as_array(value: Any) -> Any:
+    """A tensor as an array, in a type that NumPy has; as a tensor it would be sent by shared memory, and stay."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+
+
+def _map(value: Any, change: Any) -> Any:
+    """The same, with each tensor or array in lists and dicts changed."""
+    if isinstance(value, list):
+        return [_map(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    return change(value)
+
+
+def _result(future: Future[Any], what: str) -> Any:
     try:
-        return torch.from_numpy(future.result())
+        return future.result()
     except BrokenProcessPool as error:
         reason = "a process ended; was it killed, or out of memory? (A script needs `if __name__ == '__main__':`)"
-        raise RuntimeError(f"texts[{start}] to texts[{end - 1}]: {reason}") from error
+        raise RuntimeError(f"{what}: {reason}") from error
     except Exception as error:
-        raise RuntimeError(f"texts[{start}] to texts[{end - 1}]: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error

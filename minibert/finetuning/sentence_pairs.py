@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.embedding.encoder import SentenceEncoder
-from minibert.embedding.saving import save_sentence_encoder
 from minibert.finetuning.examples import Columns, Pair, check_pairs, read_pairs
 from minibert.finetuning.files import Layout
 from minibert.finetuning.scores import ranking_scores
@@ -138,7 +137,7 @@ class SentencePairs(Task):
         return totals
 
     def save(self, model: nn.Module, tokenizer: BertTokenizer, directory: Path) -> None:
-        save_sentence_encoder(self.encoder, directory)
+        self.encoder.save_pretrained(directory)
 
 
 def _excluded(anchors: Sequence[list[int]], candidates: Sequence[list[int]]) -> list[list[bool]]:

@@ -190,7 +190,8 @@ class Source:
         """Wait for a save into the directory that is under way, or complete it; whether there was one."""
         if self.directory is None:
             return False
-        return any([_put_in_place(place) for place in {self.directory, self.directory / self.subfolder}])
+        places = {self.directory, self.directory / self.subfolder}
+        return True in [_put_in_place(place) for place in places]
 
     def check_unchanged(self) -> None:
         """Raises Replaced if a file of a directory is another one by now than when it was first asked for."""

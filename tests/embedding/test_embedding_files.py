@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -182,6 +184,36 @@ def test_a_damaged_state_is_told(damage, encoder, source, tmp_path):
         embed_file(encoder, source, tmp_path / "out.npy")
 
 
+@pytest.mark.parametrize("packed", [gzip, lzma])
+def test_packed_files(packed, encoder, tmp_path):
+    source, output = tmp_path / ("texts.gz" if packed is gzip else "texts.xz"), tmp_path / "out.npy"
+    content = packed.compress("\n".join(LINES).encode())
+    source.write_bytes(content[:-20])
+    with pytest.raises(ValueError, match="what is packed is damaged after line"):
+        embed_file(encoder, source, output)
+    source.write_bytes(content)
+    assert embed_file(encoder, source, output).texts == len(LINES)
+    check(output, encoder, LINES)
+    interrupted(encoder, source, output)
+    assert embed_file(encoder, source, output).resumed == 256
+    check(output, encoder, LINES)
+
+
+@pytest.mark.slow
+def test_processes_and_an_interruption(encoder, source, tmp_path):
+    """Rows in order, and what was cut is counted in the processes too; a line that is no text loses nothing."""
+    output = tmp_path / "out.npy"
+    source.write_bytes(source.read_bytes() + b"\n" + b"long " * 100 + b"\ncaf\xe9")
+    with pytest.raises(ValueError, match=f"line {len(LINES) + 2} is not UTF-8"):
+        embed_file(encoder, source, output, processes=2, batch_size=16)
+    source.write_bytes(source.read_bytes()[:-5])
+    done = embed_file(encoder, source, output, processes=2)
+    assert (done.resumed, done.truncated) == (len(LINES) + 1, 1)
+    check(output, encoder, [*LINES, "long " * 100])
+    with pytest.raises(ValueError, match="processes must be a whole number"):
+        embed_file(encoder, source, output, processes=0)
+
+
 def test_a_line_that_is_no_text_loses_nothing(encoder, tmp_path):
     source, output = tmp_path / "texts.txt", tmp_path / "out.npy"
     lines = [line.encode() for line in LINES[:600]]
@@ -248,8 +280,31 @@ def test_the_command_after_an_interruption(encoder, model_dir, source, tmp_path,
     assert f"{len(LINES)} texts, 256 of them from before" in output.out
 
 
+def test_the_command_by_default_and_in_json(tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
+    options = ("-o", tmp_path / "out.npy", "--json", "--quiet", "--batch-size", "1", "--device", "cpu")
+    assert embed(tmp_path / "texts.txt", *options) == 0
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    rows = np.load(tmp_path / "out.npy")
+    assert (result["output"], result["texts"], result["dimension"]) == (str(tmp_path / "out.npy"), *rows.shape)
+    assert "minibert-english" in result["model"]
+    assert "not to tell texts apart" in output.err
+    encoder = SentenceEncoder.from_pretrained(result["model"], device="cpu")
+    assert np.abs(rows - encoder.encode(["one", "two"])).max() < 1e-5
+
+
 def test_the_command_names_what_is_wrong(model_dir, source, tmp_path, capsys):
     assert embed(source, "--model", model_dir, "-o", tmp_path / "out.npy", "--prompt-name", "nobody") == 1
     assert "prompt_name='nobody'" in capsys.readouterr().err
     assert embed(source, "--model", tmp_path / "nothing", "-o", tmp_path / "out.npy") == 1
     assert "no such directory" in capsys.readouterr().err
+    for option, value, said in [
+        ("--device", "gpu", "device='gpu'"),
+        ("--batch-size", "0", "batch_size must be a whole number"),
+        ("--processes", "-1", "processes must be a whole number"),
+    ]:
+        assert embed(source, "--model", model_dir, "-o", tmp_path / "out.npy", option, value) == 1
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("minibert: ")
+        assert said in line

@@ -1,0 +1,124 @@
+"""The arguments of `SentenceEncoder.encode`: their types, checked values, and the forms that results come in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minibert.checks import check_choice
+from minibert.embedding.precision import quantize
+from minibert.embedding.texts import Text
+from minibert.embedding.workers import Pool
+
+Texts = Text | Iterable[Text]
+Device = str | int | torch.device
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+
+OUTPUTS = ("sentence_embedding", "token_embeddings", None)
+FORMS = ("numpy", "torch", "list")
+
+
+class VectorOptions(TypedDict, total=False):
+    """Arguments of `encode` that leave its result an array, or a tensor."""
+
+    sentences: Texts
+    texts: Texts
+    precision: Precision | None
+    device: Device | Sequence[Device] | None
+    normalize_embeddings: bool
+    truncate_dim: int | None
+    pool: Pool | None
+    chunk_size: int | None
+    normalize: bool
+    processes: int | None
+    task: Literal["query", "document"] | None
+
+
+class AnyOptions(VectorOptions, total=False):
+    """All that can be given by name only."""
+
+    output_value: Literal["sentence_embedding", "token_embeddings"] | None
+    convert_to_numpy: bool
+    convert_to_tensor: bool
+    convert_to: Literal["numpy", "torch", "list"] | None
+
+
+class AllOptions(AnyOptions, total=False):
+    """All but the texts and their prompt."""
+
+    batch_size: int | None
+    show_progress_bar: bool | None
+
+
+@dataclass(frozen=True)
+class Further:
+    """Arguments of `encode` that sentence-transformers' does not have, or not under this name; and `task`."""
+
+    sentences: Any = None
+    texts: Any = None
+    normalize: bool = False
+    convert_to: str | None = None
+    processes: int | None = None
+    task: str | None = None
+
+
+def further(arguments: dict[str, Any]) -> Further:
+    """Raises TypeError for an argument that `encode` does not have, ValueError for an unknown task."""
+    known = [field.name for field in fields(Further)]
+    for name in arguments:
+        if name not in known:
+            raise TypeError(f"encode takes no argument {name!r}; by name alone it takes {', '.join(known)}")
+    check_choice("task", arguments.get("task"), (None, "query", "document"))
+    return Further(**arguments)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to embed, checked: what a worker has to know beside the texts."""
+
+    prompt: str
+    batch_size: int | None
+    normalize: bool
+    truncate_dim: int | None
+    output: str | None = "sentence_embedding"
+
+
+def named_texts(inputs: Any, sentences: Any, texts: Any) -> Any:
+    """The texts, under whichever of the three names they came. Raises TypeError for none or several."""
+    given = [value for value in (inputs, sentences, texts) if value is not None]
+    if len(given) > 1:
+        raise TypeError("inputs, sentences and texts are names of one argument: give one of them")
+    return given[0] if given else None
+
+
+def form(convert_to: str | None, convert_to_numpy: bool, convert_to_tensor: bool) -> str:
+    """One of `FORMS`. Raises ValueError for any other `convert_to`."""
+    if convert_to is None:
+        return "torch" if convert_to_tensor else "numpy" if convert_to_numpy else "list"
+    if convert_to not in FORMS:
+        raise ValueError(f"convert_to must be one of {', '.join(map(repr, FORMS))}; got {convert_to!r}")
+    return convert_to
+
+
+def in_form(vectors: Tensor, form: str, precision: str, like: Tensor) -> Any:
+    """Vectors (n, D), all there are, in the form and the precision that were asked for; tensors where `like` is."""
+    if precision != "float32":
+        numbers = torch.from_numpy(quantize(vectors.float().cpu().numpy(), precision))
+        return numbers.numpy() if form == "numpy" else _listed(numbers.to(like.device), form)
+    if form == "numpy":
+        return as_array(vectors)
+    return _listed(vectors.to(like.device, like.dtype), form)
+
+
+def as_array(vectors: Tensor) -> np.ndarray:
+    """As float32, or as float64 if they are that."""
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32)).cpu().numpy()
+
+
+def _listed(vectors: Tensor, form: str) -> Any:
+    return list(vectors) if form == "list" else vectors
