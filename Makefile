@@ -1,4 +1,4 @@
-# Each command sets up what it needs, in .venv; nothing has to be installed by hand but Python 3.10 or later.
+# Each command sets up what it needs, in .venv; nothing has to be installed by hand but Python 3.11 or later.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -77,7 +77,7 @@ def check_scheme(scheme: str, labels: Collection[str]) -> None:
             raise ValueError(f"--scheme {scheme}: the labels {', '.join(wrong[:5])} are not of it")
     if find_spec("seqeval") is None:
         raise ImportError(
-            "labels of entities are scored by seqeval, which is not installed: pip install 'minibert[finetune]'; "
+            "labels of entities are scored by seqeval, which is not installed: pip install 'minibert-torch[finetune]'; "
             f"or score words alone with --scheme {NO_ENTITIES}"
         )
 

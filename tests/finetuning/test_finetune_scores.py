@@ -133,7 +133,7 @@ def test_well_formed_labels_are_scored_as_seqeval_does_strictly(scheme, referenc
 
 def test_entities_ask_for_seqeval(monkeypatch):
     monkeypatch.setattr(schemes, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'minibert\[finetune\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'minibert-torch\[finetune\]'"):
         check_scheme("IOB", ["B-A", "O"])
     check_scheme("none", ["NN", "VB"])
 
