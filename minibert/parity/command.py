@@ -163,7 +163,7 @@ def _certify(arguments: Arguments) -> int:
     if arguments.against is None:
         arguments.against = ["transformers"] if find_spec("transformers") else []
         if not arguments.against and not arguments.save:
-            raise ImportError("nothing to compare with: pip install 'minibert[parity]', or give --against FILE")
+            raise ImportError("nothing to compare with: pip install 'minibert-torch[parity]', or give --against FILE")
     job = _Job(arguments)
     if arguments.save:
         path, dtype = job.pairs()[0]

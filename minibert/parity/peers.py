@@ -46,7 +46,7 @@ def theirs(spec: str, kind: type, directory: Path, dtype: str, cases: list[Case]
     try:
         import transformers
     except ImportError:
-        raise ImportError(f"--against {spec}: needs transformers, pip install 'minibert[parity]'; or give a file "
+        raise ImportError(f"--against {spec}: needs transformers, pip install 'minibert-torch[parity]'; or give a file "
                           "that was written with --save") from None  # fmt: skip
     attention = "eager" if spec == "transformers-eager" else "sdpa"
     transformers.logging.set_verbosity_error()
@@ -64,7 +64,7 @@ def theirs(spec: str, kind: type, directory: Path, dtype: str, cases: list[Case]
     try:
         return run(_exported(model, cases[0]))
     except ImportError as error:
-        raise ImportError(f"--against {spec}: {error}; pip install 'minibert[parity]'") from None
+        raise ImportError(f"--against {spec}: {error}; pip install 'minibert-torch[parity]'") from None
 
 
 class _Export(nn.Module):

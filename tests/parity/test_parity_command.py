@@ -152,7 +152,7 @@ def test_golden_files_need_no_peer(checkpoint, tmp_path, monkeypatch, capsys):
     assert main([*base, "--save", golden, "--against", golden]) == 0
     assert "same bits" in capsys.readouterr().out
     assert main([*base, "--against", "transformers"]) == 2
-    assert "pip install 'minibert[parity]'" in capsys.readouterr().err
+    assert "pip install 'minibert-torch[parity]'" in capsys.readouterr().err
     tensors = load_file(golden)
     tensors["3.prediction_logits"][0, 0] += 1e-3
     save_file(tensors, golden)
