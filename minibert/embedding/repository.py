@@ -25,6 +25,7 @@ class Folder(hub.Source):
     def __init__(self, whole: hub.Source, path: str):
         self.whole, self.path = whole, path.strip("/")
         self.name = f"{whole.name}/{self.path}"
+        self.subfolder, self.variant, self.formats = "", None, whole.formats
 
     def file(self, filename: str) -> Any:
         return self.whole.file(f"{self.path}/{filename}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -38,6 +38,9 @@ __all__ = [
     "pipeline",
 ]
 
+Model = str | os.PathLike[str] | nn.Module | None
+Tokenizer = str | os.PathLike[str] | BertTokenizer | None
+
 PIPELINES: dict[str, type[Pipeline]] = {
     kind.task: kind
     for kind in (
@@ -61,10 +64,59 @@ IGNORED: dict[str, tuple[Any, ...] | None] = {
 }  # fmt: skip
 
 
+@overload
+def pipeline(
+    task: Literal["fill-mask"], model: Model = ..., tokenizer: Tokenizer = ..., **options: Any
+) -> FillMaskPipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["next-sentence-prediction"], model: Model = ..., tokenizer: Tokenizer = ..., **options: Any
+) -> NextSentencePipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["text-classification", "sentiment-analysis"],
+    model: Model = ...,
+    tokenizer: Tokenizer = ...,
+    **options: Any,
+) -> TextClassificationPipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["token-classification", "ner"], model: Model = ..., tokenizer: Tokenizer = ..., **options: Any
+) -> TokenClassificationPipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["question-answering"], model: Model = ..., tokenizer: Tokenizer = ..., **options: Any
+) -> QuestionAnsweringPipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["zero-shot-classification"], model: Model = ..., tokenizer: Tokenizer = ..., **options: Any
+) -> ZeroShotClassificationPipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["feature-extraction"], model: Model = ..., tokenizer: Tokenizer = ..., **options: Any
+) -> FeatureExtractionPipeline: ...
+
+
+@overload
+def pipeline(task: str | None = ..., model: Model = ..., tokenizer: Tokenizer = ..., **options: Any) -> Any: ...
+
+
 def pipeline(
     task: str | None = None,
-    model: str | os.PathLike[str] | nn.Module | None = None,
-    tokenizer: str | os.PathLike[str] | BertTokenizer | None = None,
+    model: Model = None,
+    tokenizer: Tokenizer = None,
     *,
     device: str | int | torch.device | None = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -43,6 +43,38 @@ class Pretrained(KeepsTies):
     config_class: ClassVar[type[Any]]
     base_model_prefix: ClassVar[str]  # the attribute that holds the encoder, in models that have it
     new_heads: ClassVar[tuple[str, ...]] = ()  # beginnings of names that may be absent from a checkpoint
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        pretrained_model_name_or_path: str | os.PathLike[str] | hub.Source | None = ...,
+        *,
+        output_loading_info: Literal[False] = ...,
+        revision: str | None = ...,
+        cache_dir: str | os.PathLike[str] | None = ...,
+        local_files_only: bool = ...,
+        token: str | bool | None = ...,
+        dtype: torch.dtype | str | None = ...,
+        device: torch.device | str | None = ...,
+        **options: Any,
+    ) -> T: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        pretrained_model_name_or_path: str | os.PathLike[str] | hub.Source | None = ...,
+        *,
+        output_loading_info: Literal[True],
+        revision: str | None = ...,
+        cache_dir: str | os.PathLike[str] | None = ...,
+        local_files_only: bool = ...,
+        token: str | bool | None = ...,
+        dtype: torch.dtype | str | None = ...,
+        device: torch.device | str | None = ...,
+        **options: Any,
+    ) -> tuple[T, LoadReport]: ...
 
     @classmethod
     def from_pretrained(
