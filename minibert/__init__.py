@@ -35,6 +35,14 @@ if TYPE_CHECKING:  # what type checkers and editors see, and `_HOME` says again 
     from minibert.heads import BertForTokenClassification as BertForTokenClassification
     from minibert.heads import NextSentence as NextSentence
     from minibert.model import BertModel as BertModel
+    from minibert.pipelines import FeatureExtractionPipeline as FeatureExtractionPipeline
+    from minibert.pipelines import FillMaskPipeline as FillMaskPipeline
+    from minibert.pipelines import NextSentencePipeline as NextSentencePipeline
+    from minibert.pipelines import Pipeline as Pipeline
+    from minibert.pipelines import QuestionAnsweringPipeline as QuestionAnsweringPipeline
+    from minibert.pipelines import TextClassificationPipeline as TextClassificationPipeline
+    from minibert.pipelines import TokenClassificationPipeline as TokenClassificationPipeline
+    from minibert.pipelines import ZeroShotClassificationPipeline as ZeroShotClassificationPipeline
     from minibert.pipelines import pipeline as pipeline
     from minibert.text.tokenizer import BatchEncoding as BatchEncoding
     from minibert.text.tokenizer import BertTokenizer as BertTokenizer
