@@ -46,9 +46,14 @@ def room(path: Path) -> str:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """Rooms of the package that a file imports, at its top or inside a function."""
+    """Rooms of the package that a file imports, at its top or inside a function; not those it names in types alone."""
     rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for_types = {id(inner) for node in types for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
