@@ -196,10 +196,9 @@ class SentenceEncoder(Encoder):
             normalize_embeddings: scale the vectors to length 1, which some models do anyway; also `normalize`.
             truncate_dim: instead of the encoder's own.
             pool: processes from `start_multi_process_pool`.
-            chunk_size: so many texts are embedded, or sent to a process, at a time.
-            **more: `sentences`, `texts`, `normalize`; convert_to="numpy", "torch" or "list", for the two above;
-                processes=n: n new processes where the encoder is, which share the threads. (A script that uses them
-                must do its work under `if __name__ == "__main__":`); task: changes nothing here.
+            chunk_size: texts that are embedded, or sent to a process, at a time.
+            **more: `sentences`, `texts`, `normalize`; convert_to="numpy", "torch" or "list"; processes=n, for n new
+                ones (in a script, under `if __name__ == "__main__":`); task, which changes nothing here.
 
         Raises TypeError or ValueError, naming the index, for an item that is no text; in a list before anything is
         computed. What else is raised midway, by the iterable or by Ctrl-C, carries the vectors of all texts before in
@@ -208,8 +207,7 @@ class SentenceEncoder(Encoder):
         given = further(more)
         texts, single = as_texts(named_texts(inputs, given.sentences, given.texts))
         precision, asked = check_precision(precision), form(given.convert_to, convert_to_numpy, convert_to_tensor)
-        normalize = normalize_embeddings or given.normalize
-        options = self.options(prompt_name, prompt, batch_size, normalize, truncate_dim)
+        options = self.options(prompt_name, prompt, batch_size, normalize_embeddings or given.normalize, truncate_dim)
         options = replace(options, output=check_choice("output_value", output_value, OUTPUTS))
         where = self._processes(device, given.processes, pool)
         size = CHUNK_TEXTS if chunk_size is None else check_count("chunk_size", chunk_size)
