@@ -7,21 +7,16 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from minibert.weights.files import of_variant, sync
+from minibert.weights.files import of_variant
+from minibert.weights.saving import check_relative, put_in_place
+from minibert.weights.saving import replacing as replacing
 
 _MODELS = Path(__file__).parents[1] / "models"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SAVED = ".saved"  # in a model's directory: a whole set of files that are taking their places
-_LIST = "files.json"  # in there: their names, and those that they make stale
-_LOCK = ".saving-lock"  # beside it while that happens: held by the one process that moves them
 
 # One checkpoint is one of these, in this order of preference; an index names the files it is split into.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -139,7 +134,7 @@ class Source:
     def file(self, filename: str) -> Path | None:
         """Local path of one file, None if the model has no such file. Offline, what is not cached does not exist."""
         filename = (PurePosixPath(self.subfolder) / filename).as_posix()
-        _check_relative(filename, "filename")
+        check_relative(filename, "filename")
         if self.directory is not None:
             path = self.directory / filename
             if not path.is_file():
@@ -191,7 +186,7 @@ class Source:
         if self.directory is None:
             return False
         places = {self.directory, self.directory / self.subfolder}
-        return True in [_put_in_place(place) for place in places]
+        return True in [put_in_place(place) for place in places]
 
     def check_unchanged(self) -> None:
         """Raises Replaced if a file of a directory is another one by now than when it was first asked for."""
@@ -348,20 +343,13 @@ def _models_in(directory: Path) -> list[Path]:
     return sorted(path.parent for path in directory.glob("*/config.json"))
 
 
-def _check_relative(filename: str, what: str) -> None:
-    """Refuse a file name that leads out of the model's directory, on any operating system."""
-    windows = PureWindowsPath(filename)
-    if not filename or windows.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise ValueError(f"{what}: {filename!r} must be a file inside the model")
-
-
 def _shards(index: Path) -> list[str]:
     """The files that a checkpoint's index names."""
     try:
         files = json.loads(index.read_bytes())["weight_map"].values()
         names = sorted(set(files))
         for name in names:
-            _check_relative(name, str(index))
+            check_relative(name, str(index))
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f'{index} is no index of weights {{"weight_map": {{tensor: file}}}}: {error!r}') from None
     return names
@@ -392,111 +380,3 @@ def _digest(path: Path, digest: Any) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-@contextmanager
-def replacing(directory: str | os.PathLike, stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """Write files of a model all or none: a crash at any moment leaves the old set or the new one.
-
-    Yields an empty directory to write the files into, on the same file system. When the block ends, they are forced
-    to disk, and one renaming of that directory makes the set count; then the files are moved to `directory`, one
-    renaming each. If that is interrupted, it is completed when the directory is next opened or written. If the block
-    fails, nothing has changed.
-
-    Args:
-        stale: says which other files of `directory`, by name, the new ones supersede.
-
-    Raises NotADirectoryError if `directory` is a file; OSError if it cannot be written.
-    """
-    directory = Path(directory).expanduser()
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is a file: pass a directory to save in")
-    is_new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(".saving-*"):  # by a process that was killed
-        with suppress(OSError):
-            if left.is_dir() and left.stat().st_mtime < time.time() - 3600:
-                shutil.rmtree(left, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-    try:
-        yield staging
-        names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-        for path in staging.rglob("*"):
-            sync(path)
-        with _claimed(directory):
-            _move(directory)  # a set that another process has finished goes first
-            others = {path.name for path in directory.iterdir() if path.is_file()} - {*names, _LOCK}
-            old = sorted(name for name in others if stale(name))
-            (staging / _LIST).write_text(json.dumps({"files": names, "stale": old}), encoding="utf-8")
-            for path in (staging / _LIST, staging):
-                sync(path)
-            os.rename(staging, directory / _SAVED)
-            _move(directory)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        if is_new:
-            with suppress(OSError):  # not empty: someone else has written there
-                directory.rmdir()
-        raise
-
-
-@contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
-    """Be the only one, of all processes and threads, that puts files into a directory. Waits for whoever does."""
-    from filelock import FileLock  # comes with huggingface_hub
-
-    path = directory / _LOCK
-    with FileLock(path):
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # who waits for this file sees that it is gone, and makes one anew
-                path.unlink()
-
-
-def _put_in_place(directory: Path) -> bool:
-    """Complete a save that was interrupted, or wait for the process that is at it; whether there was one."""
-    saved = directory / _SAVED
-    if not saved.is_dir() or saved.is_symlink():
-        return False
-    with _claimed(directory):
-        _move(directory)
-    return True
-
-
-def _move(directory: Path) -> None:
-    """Move a whole set of saved files to their places; does nothing when there is none. Only within `_claimed`.
-
-    Raises ValueError if the set is not one that `replacing` made: a directory may come from anyone.
-    """
-    saved = directory / _SAVED
-    if not saved.is_dir() or saved.is_symlink():
-        return
-    try:
-        listed = json.loads((saved / _LIST).read_text(encoding="utf-8"))
-        moves = [(_inside(saved, name), _inside(directory, name)) for name in listed["files"]]
-        stale = [_inside(directory, name) for name in listed["stale"]]
-    except FileNotFoundError:  # all has been done but this
-        shutil.rmtree(saved, ignore_errors=True)
-        return
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{saved} is no interrupted save, delete it: {error!r}") from None
-    sync(directory)
-    for source, target in moves:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            os.replace(source, target)
-    for path in stale:
-        path.unlink(missing_ok=True)
-    sync(directory)
-    (saved / _LIST).unlink(missing_ok=True)
-    shutil.rmtree(saved, ignore_errors=True)
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """A file in a directory. Raises ValueError if its name or a symbolic link leads out of it."""
-    _check_relative(name, "files.json")
-    path = directory / name
-    if not path.parent.resolve().is_relative_to(directory.resolve()):
-        raise ValueError(f"{path} leads out of {directory}")
-    return path

@@ -21,7 +21,7 @@ from hub_server import Fault, LocalHub
 from huggingface_hub import constants
 
 from minibert import BertConfig, BertModel
-from minibert.weights import hub
+from minibert.weights import hub, saving
 
 WEIGHTS = bytes(range(256)) * 64  # large enough for the storage server
 FILES = {"config.json": b'{"model_type": "bert"}', "model.safetensors": WEIGHTS, "pytorch_model.bin": b"never" * 2000}
@@ -411,7 +411,7 @@ def test_saves_and_openings_at_once(tmp_path: Path) -> None:
 
 def test_a_save_waits_for_the_process_that_puts_files_in_place(tmp_path: Path) -> None:
     save_new(tmp_path)
-    with hub._claimed(tmp_path):
+    with saving._claimed(tmp_path):
         thread = threading.Thread(target=save_new, args=(tmp_path,))
         thread.start()
         thread.join(0.2)
