@@ -25,6 +25,7 @@ from minibert.embedding.encoder import SentenceEncoder
 from minibert.embedding.options import Options
 from minibert.embedding.texts import CHUNK_CHARACTERS
 from minibert.terminal import PACKED, STANDARD_INPUT, opened
+from minibert.weights import files as disk
 
 _LINES = 256  # at once; more is no faster, and they are what an interruption costs
 _SAVE_EVERY = 1.0  # seconds; a kill costs these too
@@ -86,7 +87,7 @@ def embed_file(
     if output.is_dir() or (resumable and output.exists() and output.samefile(source)):
         raise ValueError(f"output {output} is {'a directory' if output.is_dir() else 'the input'}: name another file")
     width = encoder.width(chosen.truncate_dim)
-    begin = _begin(output, _settings(encoder, chosen), resumable)
+    begin = _begin(output, width, _settings(encoder, chosen), resumable)
     with opened(os.fspath(source)) as stream:
         digest = _skip(stream, begin, output)
         plain = resumable and Path(source).suffix not in PACKED
@@ -126,7 +127,7 @@ def _embedded(
             yield vectors, cut, waiting.popleft()
 
 
-def _begin(output: Path, settings: dict[str, Any], resumable: bool) -> Progress:
+def _begin(output: Path, width: int, settings: dict[str, Any], resumable: bool) -> Progress:
     """Where an earlier run of the same work stopped, else the beginning."""
     rows, told = partial(output), state(output)
     if not (told.exists() and rows.exists()):
@@ -135,9 +136,9 @@ def _begin(output: Path, settings: dict[str, Any], resumable: bool) -> Progress:
         raise ValueError(f"{rows} is unfinished work on a file: finish or delete it, with {told}")
     try:
         progress = Progress(**json.loads(told.read_bytes()))
-        if rows.stat().st_size < _HEADER + progress.lines:
-            raise ValueError(f"{rows} is too short")
         differing = [name for name in settings if settings[name] != progress.settings[name]]
+        if not differing:
+            _check_rows(rows, progress.lines, width)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{told} is damaged ({error!r}): delete it to begin anew") from None
     if differing:
@@ -146,6 +147,20 @@ def _begin(output: Path, settings: dict[str, Any], resumable: bool) -> Progress:
             "another output"
         )
     return progress
+
+
+def _check_rows(rows: Path, lines: int, width: int) -> None:
+    """Raise ValueError unless a file holds these finished rows, each of them whole."""
+    with rows.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        begins = file.tell()
+    size = rows.stat().st_size
+    if dtype != np.dtype("<f4") or fortran_order or begins != _HEADER or len(shape) != 2 or shape[1] != width:
+        raise ValueError(f"{rows} does not hold rows of {width} numbers")
+    if shape[0] < lines or size < _HEADER + 4 * width * lines:
+        whole = max(0, (size - _HEADER) // (4 * width))
+        raise ValueError(f"{rows} was cut: it holds {min(whole, shape[0])} of {lines} rows")
 
 
 def _settings(encoder: SentenceEncoder, options: Options) -> dict[str, Any]:
@@ -201,9 +216,11 @@ def _chunks(stream: BinaryIO, number: int) -> Iterator[tuple[list[str], bytes]]:
         try:
             line = next(lines)
             text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+            if "\0" in text:
+                raise ValueError("it has a NUL byte, as UTF-16 and binary files have")
         except StopIteration:
             break
-        except UnicodeDecodeError as error:
+        except ValueError as error:
             failure = ValueError(f"line {number + 1} is not UTF-8: {error}")
             break
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
@@ -263,9 +280,7 @@ class _Rows:
         self.file.flush()
         os.fsync(self.file.fileno())
         if self.resumable:
-            beside = state(self.output).with_name(f"{self.output.name}.progress-new")
-            beside.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
-            os.replace(beside, state(self.output))
+            disk.write(state(self.output), json.dumps(asdict(self.progress)))
         self.saved = time.monotonic()
 
     def __exit__(self, *_: Any) -> None:
@@ -274,4 +289,5 @@ class _Rows:
 
     def finish(self) -> None:
         os.replace(partial(self.output), self.output)
+        disk.sync(self.output.parent)
         state(self.output).unlink(missing_ok=True)

@@ -214,6 +214,33 @@ def test_processes_and_an_interruption(encoder, source, tmp_path):
         embed_file(encoder, source, output, processes=0)
 
 
+@pytest.mark.parametrize("bytes_left", [0, 100, 128, 128 + 4 * 32 * 255, 128 + 4 * 32 * 256 - 1])
+def test_rows_that_were_cut_are_not_taken_for_zeros(bytes_left, encoder, source, tmp_path):
+    interrupted(encoder, source, tmp_path / "out.npy")
+    os.truncate(tmp_path / "out.npy.partial", bytes_left)
+    with pytest.raises(ValueError, match=r"out.npy.progress is damaged .*: delete it to begin anew"):
+        embed_file(encoder, source, tmp_path / "out.npy")
+    (tmp_path / "out.npy.progress").unlink()
+    embed_file(encoder, source, tmp_path / "out.npy")
+    check(tmp_path / "out.npy", encoder, LINES)
+
+
+def test_rows_of_another_array_are_not_gone_on_with(encoder, source, tmp_path):
+    interrupted(encoder, source, tmp_path / "out.npy")
+    for other in (np.zeros((256, 31), np.float32), np.zeros((255, 40), np.float32), np.zeros((999, 32), np.float64)):
+        np.save(tmp_path / "other.npy", other)
+        os.replace(tmp_path / "other.npy", tmp_path / "out.npy.partial")
+        with pytest.raises(ValueError, match="does not hold rows of 32 numbers"):
+            embed_file(encoder, source, tmp_path / "out.npy")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_refused(encoding, encoder, tmp_path):
+    (tmp_path / "texts.txt").write_bytes("one\ntwo\n".encode(encoding))
+    with pytest.raises(ValueError, match="line 1 is not UTF-8"):
+        embed_file(encoder, tmp_path / "texts.txt", tmp_path / "out.npy")
+
+
 def test_a_line_that_is_no_text_loses_nothing(encoder, tmp_path):
     source, output = tmp_path / "texts.txt", tmp_path / "out.npy"
     lines = [line.encode() for line in LINES[:600]]
