@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -119,16 +118,19 @@ def test_public_names_resolve():
         minibert.BertModle
 
 
-def test_import_time_is_reported(record_property):
-    """What the models cost beyond torch; the budget is 0.2 s. Reported, not asserted: machines are shared."""
+def test_the_models_import_hardly_more_than_torch():
+    """Seconds cannot be asserted on shared machines; what is imported can: their own files and a little of Python's."""
     code = """
-import time, torch
-start = time.perf_counter()
+import sys, torch
+before = set(sys.modules)
 import minibert
 minibert.BertForPreTraining
-print(time.perf_counter() - start)
+print(*sorted(set(sys.modules) - before))
 """
-    start = time.perf_counter()
-    seconds = float(run(code))
-    record_property("import_seconds_beyond_torch", seconds)
-    assert seconds <= time.perf_counter() - start
+    loaded = run(code).split()
+    assert "minibert.heads" in loaded
+    foreign = [name for name in loaded if name.split(".")[0] not in {*sys.stdlib_module_names, "minibert"}]
+    assert foreign == []
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("minibert.")}
+    assert not rooms & {"text", "fast", "pipelines", "embedding", "training", "pretraining", "finetuning"}
+    assert len(loaded) < 60

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -372,6 +373,20 @@ def test_replacing(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     save_new(tmp_path)
     assert files(tmp_path) == {**NEW, "d": "other"}
+
+
+def test_leftovers_of_killed_saves_are_removed_when_they_are_old(tmp_path: Path) -> None:
+    old, fresh, foreign = (tmp_path / name for name in (".saving-old", ".saving-fresh", "saving-by-hand"))
+    for directory in (old, fresh, foreign):
+        directory.mkdir()
+        (directory / "model.safetensors").write_text("half")
+    hours_ago = time.time() - 2 * 3600
+    for directory in (old, foreign):
+        os.utime(directory, (hours_ago, hours_ago))
+    save_new(tmp_path)
+    assert not old.exists()
+    assert fresh.exists()  # another process may be at it
+    assert foreign.exists()
 
 
 def test_failure_changes_nothing(tmp_path: Path) -> None:
