@@ -22,9 +22,11 @@ from torch import Tensor
 
 from minibert.heads import BertForPreTraining
 from minibert.pipelines import pipeline
+from minibert.pretraining.batches import BatchMaker
 from minibert.pretraining.corpus import Corpus, build_corpus
-from minibert.pretraining.data import BatchMaker, PairRules, plan_batches
 from minibert.pretraining.loss import PretrainingLoss
+from minibert.pretraining.order import plan_batches
+from minibert.pretraining.pairs import PairRules
 from minibert.text.tokenizer import BertTokenizer
 from minibert.weights import hub
 
@@ -92,14 +94,7 @@ def main() -> None:
     model = BertForPreTraining.from_pretrained(name).float()
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = BertTokenizer.from_pretrained(name)
-        tokenizer.save_pretrained(directory)
-        corpus = build_corpus(
-            arguments.text,
-            Path(directory) / "corpus",
-            Path(directory) / "vocab.txt",
-            lowercase=tokenizer.do_lower_case,
-            num_workers=1,
-        )
+        corpus = build_corpus(arguments.text, Path(directory) / "corpus", tokenizer, num_workers=1)
         result = evaluate(model, corpus, arguments.seed, arguments.batches)
     for key, value in result.items():
         print(f"{key:20} {value:,.4f}" if isinstance(value, float) else f"{key:20} {value:,}")

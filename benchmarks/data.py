@@ -23,8 +23,11 @@ from pathlib import Path
 from common import RESULTS, machine
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from minibert.pretraining.corpus import build_corpus, train_vocab
-from minibert.pretraining.data import BatchMaker, PairRules, plan_batches
+from minibert.pretraining.batches import BatchMaker
+from minibert.pretraining.corpus import build_corpus
+from minibert.pretraining.order import plan_batches
+from minibert.pretraining.pairs import PairRules
+from minibert.pretraining.vocabulary import train_vocab
 
 TEXT = Path(__file__).parents[2] / "shared" / "corpus" / "validation.txt.xz"
 BATCHES = 200

@@ -27,10 +27,15 @@ import torch
 from common import RESULTS, Contender, append, compare
 
 import minibert
-from minibert.pretraining import data
-from minibert.pretraining.corpus import Corpus, build_corpus, train_vocab
-from minibert.pretraining.data import Batch, BatchMaker, PairRules, Plan, Position
+from minibert.heads import IGNORED
+from minibert.pretraining import order
+from minibert.pretraining import pairs as pairing
+from minibert.pretraining.batches import Batch, BatchMaker
+from minibert.pretraining.corpus import Corpus, build_corpus
 from minibert.pretraining.loop import Run, Settings
+from minibert.pretraining.order import Plan, Position
+from minibert.pretraining.pairs import PairRules
+from minibert.pretraining.vocabulary import train_vocab
 from minibert.training.optimizer import make_optimizer
 
 RULES = PairRules(max_length=128, short_probability=0.0)
@@ -46,17 +51,17 @@ def open_corpus(text: Path) -> Iterator[Corpus]:
 
 
 def full_pairs(corpus: Corpus, count: int) -> np.ndarray:
-    pairs = data.plan_pairs(corpus, np.arange(len(corpus.documents) - 1), RULES, np.random.default_rng(0))
-    return pairs[data.lengths_of(pairs) == RULES.max_length][:count].copy()
+    pairs = pairing.plan_pairs(corpus, np.arange(len(corpus.documents) - 1), RULES, np.random.default_rng(0))
+    return pairs[pairing.lengths_of(pairs) == RULES.max_length][:count].copy()
 
 
 def natural_pairs(corpus: Corpus, count: int) -> np.ndarray:
     """Neighbouring sentences, from places all over the corpus."""
     first = np.random.default_rng(0).choice(len(corpus.sentences) - 3, count, replace=False)
-    pairs = np.zeros(count, data.PAIR)
+    pairs = np.zeros(count, pairing.PAIR)
     pairs["a"], pairs["b"] = corpus.sentences[first], corpus.sentences[first + 1]
     pairs["a_length"], pairs["b_length"] = pairs["b"] - pairs["a"], corpus.sentences[first + 2] - pairs["b"]
-    data._truncate(pairs, RULES.max_length - 3, np.random.default_rng(0))
+    pairing._truncate(pairs, RULES.max_length - 3, np.random.default_rng(0))
     return pairs
 
 
@@ -68,10 +73,19 @@ def batches(corpus: Corpus, lengths: str, count: int) -> tuple[Batch, Batch]:
     padded = BatchMaker(corpus, RULES)[Plan(pairs, count, 0, 0, Position())]
     if lengths == "full":
         return padded, padded
-    rows = np.concatenate(data._pack(pairs.copy(), 1, RULES.max_length, np.random.default_rng(0)))
+    rows = np.concatenate(order._pack(pairs.copy(), 1, RULES.max_length, np.random.default_rng(0)))
     rows["row"] = np.cumsum(rows["column"] == 0) - 1
     packed = BatchMaker(corpus, RULES, packed=True)[Plan(rows, int(rows["row"].max()) + 1, 0, 0, Position())]
     return padded, packed
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """The arguments of a model's own forward, for a padded batch."""
+    labels = torch.full_like(batch.input_ids, IGNORED).flatten()
+    labels[batch.masked_positions] = batch.masked_labels
+    masks = {"attention_mask": (batch.pair > 0).long(), "labels": labels.view_as(batch.input_ids)}
+    names = ("input_ids", "token_type_ids", "next_sentence_label")
+    return {name: getattr(batch, name) for name in names} | masks
 
 
 def transformers_step(batch: Batch, bf16: bool) -> Callable[[], Any]:
@@ -83,7 +97,7 @@ def transformers_step(batch: Batch, bf16: bool) -> Callable[[], Any]:
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model(**batch.model_inputs()).loss
+            loss = model(**model_inputs(batch)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -97,7 +111,7 @@ def minibert_step(batch: Batch, corpus: Corpus, directory: str, bf16: bool, **op
     model = minibert.BertForPreTraining(minibert.BertConfig())
     settings = Settings(bf16=bf16, packed=batch.packed, **options)
     run = Run(model, corpus, directory, rules=RULES, settings=settings, progress=False)
-    model.train()
+    run.loss.train()
     return lambda: run.train_step([batch])
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from minibert.config import BertConfig
-from minibert.heads import BertForPreTraining
-from minibert.pretraining.corpus import SPECIAL_TOKENS, Corpus, build_corpus
-from minibert.pretraining.data import PairRules
+from minibert.heads import IGNORED, BertForPreTraining
+from minibert.pretraining.batches import Batch
+from minibert.pretraining.corpus import Corpus, build_corpus
 from minibert.pretraining.loop import Run, Settings
+from minibert.pretraining.pairs import PairRules
+from minibert.pretraining.vocabulary import SPECIAL_TOKENS
 from minibert.training.distributed import world
 
 RULES = PairRules(max_length=32, short_probability=0.3)
@@ -42,6 +44,20 @@ def make_model(corpus: Corpus, dropout: float = 0.1, **changes: Any) -> BertForP
     return BertForPreTraining(BertConfig(**fields))
 
 
+def labels_of(batch: Batch) -> torch.Tensor:
+    """(R, T): the masked labels in their places, -100 elsewhere."""
+    labels = torch.full_like(batch.input_ids, IGNORED).flatten()
+    labels[batch.masked_positions] = batch.masked_labels  # left-over positions are a [CLS], which has no label
+    return labels.view_as(batch.input_ids)
+
+
+def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """The arguments of `BertForPreTraining` and of its like elsewhere; of a batch with one pair a row."""
+    names = ("input_ids", "token_type_ids", "next_sentence_label")
+    masks = {"attention_mask": (batch.pair > 0).long(), "labels": labels_of(batch)}
+    return {name: getattr(batch, name) for name in names} | masks
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("corpus")
@@ -49,6 +65,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill-at", type=int, default=-1)
     parser.add_argument("--send", type=int, default=signal.SIGKILL)
+    parser.add_argument("--rank", type=int, help="of several processes, the one that gets the signal; default: all")
     for name in ("steps", "save-every", "accumulate", "rows"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--dropout", type=float, default=0.1)
@@ -68,7 +85,7 @@ def main() -> None:
 
         def step_and_die(batches):
             result = step(batches)
-            if run.step == arguments.kill_at:
+            if run.step == arguments.kill_at and arguments.rank in (None, here.rank):
                 os.kill(os.getpid(), arguments.send)
             return result
 

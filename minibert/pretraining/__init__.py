@@ -1,2 +1,2 @@
-"""Pretraining with MLM and NSP: `corpus` (text to token ids on disk), `data` (sentence pairs, masking, batches),
-`loss` and `loop` (schedule, checkpoints, validation)."""
+"""Pretraining with MLM and NSP: `texts`, `vocabulary` and `corpus` (text to token ids on disk), `pairs`, `order` and
+`batches` (sentence pairs, their order, masks), `loss` and `loop` (schedule, validation), `prepare` and `command`."""

@@ -6,33 +6,34 @@ step, process): what a checkpoint needs are the parameters, the optimizer's stat
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from minibert.heads import BertForPreTraining
-from minibert.pretraining.corpus import Corpus, replacing
-from minibert.pretraining.data import Batch, BatchMaker, PairRules, Plan, Position, plan_batches
+from minibert.pretraining.batches import Batch, BatchMaker
+from minibert.pretraining.corpus import Corpus
 from minibert.pretraining.loss import pair_lengths, pretraining_loss
+from minibert.pretraining.order import Plan, Position, plan_batches
+from minibert.pretraining.pairs import PairRules
 from minibert.training import onednn
 from minibert.training.distributed import World, distribute, load_state, set_sync, state_of
 from minibert.training.optimizer import learning_rate, make_optimizer
+from minibert.training.run import RunDirectory, Stop, seed_of
 
-CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+# The least value of each whole number among the settings
+_WHOLE = {"steps": 1, "rows": 1, "accumulate": 1, "save_every": 1, "validate_every": 1, "log_every": 1,
+          "warmup_steps": 0, "workers": 0}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,26 +67,46 @@ class Settings:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows", "accumulate", "save_every", "validate_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if not 0 <= self.warmup_steps < self.steps:
+        for name, least in _WHOLE.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}, but must be a whole number, at least {least}")
+        if self.validation_rows is not None and (type(self.validation_rows) is not int or self.validation_rows < 1):
+            raise ValueError(f"validation_rows is {self.validation_rows!r}, but must be at least 1, or None for all")
+        if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, but must be from 0 to below steps, {self.steps}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, but must be above 0")
+        for name in ("learning_rate", "epsilon", "clip_norm"):
+            value = getattr(self, name)
+            if not 0.0 < value < math.inf:  # also false for NaN
+                raise ValueError(f"{name} is {value}, but must be above 0, and finite")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}, but must be 0 or above, and finite")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}, but must be two numbers from 0 to below 1")
+
+    def check_rows(self, processes: int) -> None:
+        """Raise ValueError where the rows of a step cannot be shared out evenly."""
+        parts = processes * self.accumulate
+        if self.rows % parts:
+            raise ValueError(
+                f"rows is {self.rows}, but must be a multiple of {parts}: "
+                f"{processes} processes x {self.accumulate} accumulated parts"
+            )
 
 
 class Run:
-    """A pretraining run in a directory that holds `checkpoint.pt`, the whole state, and `metrics.jsonl`.
+    """A pretraining run in a directory (`minibert.training.run`), with `checkpoint.pt`, the whole state, and metrics.
 
-    Raises ValueError where the rows of a step cannot be shared out evenly.
+    The model learns in place, and must be in float32: bfloat16 has no room for small steps.
+
+    Raises ValueError where the rows of a step cannot be shared out evenly, or corpus and model do not fit.
     """
 
     def __init__(
         self,
         model: BertForPreTraining,
         corpus: Corpus,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | RunDirectory,
         *,
         rules: PairRules | None = None,
         settings: Settings | None = None,
@@ -93,34 +114,27 @@ class Run:
         world: World | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.corpus, self.validation, self.directory = corpus, validation, Path(directory)
+        self.corpus, self.validation = corpus, validation
         self.rules, self.settings, self.world = rules or PairRules(), settings or Settings(), world or World()
+        self.directory = RunDirectory.of(directory, writes=self.world.is_first)
         self.progress = progress if self.world.is_first else False
-        parts = self.world.size * self.settings.accumulate
-        if self.settings.rows % parts:
-            raise ValueError(
-                f"rows is {self.settings.rows}, but must be a multiple of {parts}: "
-                f"{self.world.size} processes x {self.settings.accumulate} accumulated parts"
-            )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.model = model
-        if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        loss = pretraining_loss(model, self.world.device, dense=self.settings.dense, fsdp=self.settings.fsdp)
-        if self.settings.compile:
-            loss.compile(dynamic=False)
-        self.loss = distribute(loss, self.world, fsdp=self.settings.fsdp)
-        self._arithmetic = self._choose_arithmetic()
         s = self.settings
+        s.check_rows(self.world.size)
+        check_model(model, corpus, self.rules)
+        self.model = model
+        if s.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = pretraining_loss(self._fastest(model), self.world.device, dense=s.dense, fsdp=s.fsdp)
+        if s.compile:
+            loss.compile(dynamic=False)
+        self.loss = distribute(loss, self.world, fsdp=s.fsdp)
         self.optimizer = make_optimizer(model, s.learning_rate, s.weight_decay, s.betas, s.epsilon)
-        self.step, self.position, self._stop = 0, Position(), False
+        self.step, self.position = 0, Position()
+        self.stop = Stop()  # what signals ask of this process
+        self.stopped_by = 0  # the number of the signal that stopped all of them
         self._flops = 0.0  # of this process since the last line of metrics; counted on GPUs
 
     # --- state ----------------------------------------------------------------------------------------------------
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.directory / CHECKPOINT
 
     def _data(self) -> dict[str, Any]:
         """What decides on the stream of batches."""
@@ -129,53 +143,55 @@ class Run:
         )
 
     def save(self) -> None:
-        """Write the whole state, in one step."""
-        state = {
-            "step": self.step,
-            "position": asdict(self.position),
-            "data": self._data(),
-            "parameters": state_of(self.model, self.optimizer),
-        }
-        if self.world.is_first:
-            with replacing(self.checkpoint) as partial:
-                torch.save(state, partial)
+        """Write the whole state, in one step. Raises ValueError where it is not finite; the last one stays then."""
+        self.directory.save(
+            {
+                "step": self.step,
+                "position": asdict(self.position),
+                "data": self._data(),
+                "config": self.model.config.to_dict(),
+                "parameters": state_of(self.model, self.optimizer),
+            }
+        )
         self.world.wait()
 
-    def resume(self) -> None:
-        """Go on from the checkpoint. The schedule may change, the data may not.
+    def resume(self, state: dict[str, Any] | None = None) -> None:
+        """Go on from the checkpoint, or from its `state` if it has been read. The schedule may change, not the data.
 
-        Raises FileNotFoundError without a checkpoint, ValueError for one of other data or another architecture.
+        Raises FileNotFoundError without a checkpoint, ValueError for one of other data or another architecture, or
+        beyond the last step.
         """
-        if not self.checkpoint.is_file():
-            raise FileNotFoundError(f"nothing to resume in {self.directory}: no {CHECKPOINT}")
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        state = self.directory.load() if state is None else state
         for name, value in self._data().items():
             if state["data"][name] != value:
-                raise ValueError(f"{self.checkpoint} was trained with {name}={state['data'][name]!r}, not {value!r}")
+                raise ValueError(
+                    f"{self.directory.checkpoint} was trained with {name}={state['data'][name]!r}, not {value!r}"
+                )
+        if state["step"] > self.settings.steps:
+            raise ValueError(f"steps is {self.settings.steps}, but {state['step']} are done already")
         load_state(self.model, self.optimizer, state["parameters"])
         self.step, self.position = state["step"], Position(**state["position"])
-        if self.world.is_first:
-            cut_metrics(self.directory / METRICS, self.step)
 
     # --- training -------------------------------------------------------------------------------------------------
 
     def fit(self) -> bool:
-        """Train to the last step, or until SIGTERM or SIGINT, and save. Returns whether the last step was reached."""
+        """Train to the last step, or until SIGTERM or SIGINT, and save. Returns whether the last step was reached.
+
+        Raises ValueError when the loss or the gradient is not finite any more, or another process holds the directory.
+        """
         s = self.settings
         steps = self._steps(self.corpus, self.rules, self.position)
         totals, began = torch.zeros(7, dtype=torch.float64), time.perf_counter()
-        self._stop = False
-        self.model.train()
+        self.stopped_by = 0
+        self.loss.train()
+        off = None if self.progress is None else not self.progress  # None: tqdm looks if it is on a terminal
         with (
-            stop_signals(self._ask_to_stop),
-            tqdm(
-                total=s.steps,
-                initial=self.step,
-                unit="step",
-                disable=None if self.progress is None else not self.progress,
-            ) as bar,
+            self.directory.held(),
+            self.stop,
+            tqdm(total=s.steps, initial=self.step, unit="step", disable=off) as bar,
         ):
-            while self.step < s.steps:
+            self.directory.cut_metrics(self.step)
+            while self.step < s.steps and not self.stopped_by:
                 batches, after = next(steps)
                 totals += self.train_step(batches)
                 self.position = after
@@ -185,11 +201,9 @@ class Run:
                 if self.validation is not None and (self.step % s.validate_every == 0 or self.step == s.steps):
                     self._log({f"validation_{name}": value for name, value in self.validate().items()})
                     began = time.perf_counter()
-                if self._stop:
-                    break
-                if self.step % s.save_every == 0:
+                if self.step % s.save_every == 0 and self.step < s.steps and not self.stopped_by:
                     self.save()
-        self.save()
+            self.save()
         return self.step == s.steps
 
     def train_step(self, batches: list[Batch]) -> Tensor:
@@ -198,25 +212,24 @@ class Run:
         Returns (7,) float64, sums over these parts: the four of `PretrainingLoss`, tokens to predict, pairs, tokens.
         """
         s, device = self.settings, self.world.device
-        counts = torch.tensor(
-            [sum(b.masked for b in batches), sum(len(b.cls_positions) for b in batches), float(self._stop)],
-            device=device,
-        )
+        asked = float(self.stop.asked != 0)
+        counts = torch.tensor([sum(b.masked for b in batches), sum(b.pairs for b in batches), asked], device=device)
         own = counts[:2].to("cpu", copy=True)
         masked, pairs, stop = self.world.sum(counts).unbind()
-        self._stop = bool(stop)  # all processes stop at the same step
+        if stop:  # somebody was asked, and all processes know it at the same step
+            self.stopped_by = self.stop.asked or signal.SIGTERM
         torch.manual_seed(seed_of(self.rules.seed, self.step, self.world.rank))
         sums = torch.zeros(4, device=device)
-        with self._arithmetic:
-            for batch in batches:
-                set_sync(self.loss, batch is batches[-1])
-                part = self._forward(batch)
-                # Gradients are averaged over the processes: times their number, it is the sum that the mean asks for
-                (self.world.size * (part[0] / masked.clamp(min=1) + part[2] / pairs)).backward()
-                sums += part.detach()
+        for batch in batches:
+            set_sync(self.loss, batch is batches[-1])
+            part = self._forward(batch)
+            # Gradients are averaged over the processes: times their number, it is the sum that the mean asks for
+            (self.world.size * (part[0] / masked.clamp(min=1) + part[2] / pairs)).backward()
+            sums += part.detach()
         if device.type == "cuda":
             self._flops += sum(self._count_flops(batch) for batch in batches)
-        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_norm)
+        self.grad_norm = float(_whole(nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_norm)))
+        self.directory.check_finite("the gradient's norm", self.grad_norm, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, s.learning_rate, s.warmup_steps, s.steps)
         self.optimizer.step()
@@ -224,14 +237,12 @@ class Run:
         self.step += 1
         return torch.cat([sums.cpu(), own, torch.tensor([float(sum(b.tokens for b in batches))])]).double()
 
-    def _choose_arithmetic(self) -> AbstractContextManager[Any]:
-        """oneDNN's products on a CPU, where the order of operations is ours to choose."""
+    def _fastest(self, model: BertForPreTraining) -> BertForPreTraining:
+        """The model with oneDNN's products on a CPU, where the order of operations is ours to choose."""
         s = self.settings
-        if s.dense or self.world.device.type != "cpu" or not onednn.available():
-            return nullcontext()
-        if s.bf16:
-            return onednn.attention_by_products(self.model)
-        return nullcontext() if s.compile else onednn.linear_layers(self.model)
+        if s.dense or self.world.device.type != "cpu" or not onednn.available() or (s.compile and not s.bf16):
+            return model
+        return onednn.twin(model, onednn.ATTENTION_BY_PRODUCTS if s.bf16 else onednn.LINEAR_LAYERS)
 
     def _count_flops(self, batch: Batch) -> float:
         from minibert.fast.flops import training_flops
@@ -239,41 +250,63 @@ class Run:
         return training_flops(self.model.config, pair_lengths(batch.pair), batch.masked, len(batch.cls_positions))
 
     def _forward(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.world.device)
+        if self.settings.compile:  # or each number of pairs would be compiled anew
+            names = ("masked_positions", "masked_labels")
+            for name in (*names, "cls_positions", "next_sentence_label") if batch.packed else names:
+                torch._dynamo.maybe_mark_dynamic(getattr(batch, name), 0)
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            return self.loss(**vars(batch.to(self.world.device)))
+            return self.loss(**vars(batch))
 
-    def _steps(self, corpus: Corpus, rules: PairRules, start: Position) -> Iterator[tuple[list[Batch], Position]]:
-        """This process's parts of each batch, and the position after it."""
+    def _steps(
+        self, corpus: Corpus, rules: PairRules, start: Position, *, once: bool = False
+    ) -> Iterator[tuple[list[Batch], Position]]:
+        """This process's parts of each batch, and the position after it; `once`: of one epoch, each pair once."""
         s, planned = self.settings, deque()
-        maker = BatchMaker(corpus, rules, packed=s.packed, pad_to=max(64, rules.max_length // 4) if s.compile else 1)
+        pad_to = max(64, rules.max_length // 4) if s.compile else 1
+        maker = BatchMaker(corpus, rules, packed=s.packed, pad_to=pad_to, once=once)
+        epochs = start.epoch + 1 if once else None
 
         def parts() -> Iterator[Plan]:
-            for plan in plan_batches(corpus, rules, s.rows, packed=s.packed, start=start):
+            for plan in plan_batches(corpus, rules, s.rows, packed=s.packed, start=start, epochs=epochs):
                 planned.append(plan.after)
                 for i in range(s.accumulate):
                     yield plan.part(i * self.world.size + self.world.rank, self.world.size * s.accumulate)
 
-        made = iter(DataLoader(maker, sampler=parts(), batch_size=None, collate_fn=_as_is, num_workers=s.workers))
-        while True:
-            yield [next(made) for _ in range(s.accumulate)], planned.popleft()
+        made = iter(
+            DataLoader(
+                maker,
+                sampler=parts(),
+                batch_size=None,
+                collate_fn=_as_is,
+                num_workers=s.workers,
+                worker_init_fn=_leave_signals_to_the_parent,
+            )
+        )
+        for first in made:
+            yield [first, *(next(made) for _ in range(s.accumulate - 1))], planned.popleft()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Losses and accuracies on the first rows of the validation corpus: the same pairs and masks every time."""
+        """Losses and accuracies on the first rows of the validation corpus: the same pairs and masks every time.
+
+        Pairs that only fill up a batch do not count. Raises ValueError if the loss is not finite.
+        """
         s = self.settings
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.loss.training
+        self.loss.eval()
         rules = replace(self.rules, seed=0)
         totals, rows = torch.zeros(7, dtype=torch.float64), 0
-        for batches, after in self._steps(self.validation, rules, Position()):
+        for batches, _ in self._steps(self.validation, rules, Position(), once=True):
             for batch in batches:
-                counts = torch.tensor([batch.masked, len(batch.cls_positions), batch.tokens])
+                counts = torch.tensor([batch.masked, batch.pairs, batch.tokens])
                 totals += torch.cat([self._forward(batch).cpu(), counts]).double()
             rows += s.rows
-            if after.epoch > 0 or (s.validation_rows is not None and rows >= s.validation_rows):
+            if s.validation_rows is not None and rows >= s.validation_rows:
                 break
-        self.model.train(was_training)
+        self.loss.train(was_training)
         result = _means(self.world.sum(totals.to(self.world.device)).tolist())
+        self.directory.check_finite("the validation loss", result["loss"], self.step)
         return result | {"perplexity": math.exp(min(result["mlm_loss"], 700.0))}
 
     # --- metrics --------------------------------------------------------------------------------------------------
@@ -283,7 +316,7 @@ class Run:
         sums = self.world.sum(totals.to(self.world.device)).tolist()
         s, rate = self.settings, sums[-1] / seconds
         lr = learning_rate(self.step - 1, s.learning_rate, s.warmup_steps, s.steps)
-        record = _means(sums) | {"lr": lr, "grad_norm": float(_whole(self.grad_norm)), "tokens_per_second": rate}
+        record = _means(sums) | {"lr": lr, "grad_norm": self.grad_norm, "tokens_per_second": rate}
         if self._flops:
             from minibert.fast.flops import matmul_peak
 
@@ -294,36 +327,26 @@ class Run:
         return torch.zeros_like(totals)
 
     def _log(self, record: dict[str, float]) -> None:
-        if self.world.is_first:
-            with open(self.directory / METRICS, "a") as file:
-                file.write(json.dumps({"step": self.step} | record) + "\n")
-
-    def _ask_to_stop(self) -> None:
-        self._stop = True
+        self.directory.log({"step": self.step} | record)
 
 
-@contextmanager
-def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `stop`, which asks to stop after the step, instead of ending the process."""
-    before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def check_model(model: BertForPreTraining, corpus: Corpus, rules: PairRules) -> None:
+    """Raise ValueError where a model cannot learn from a corpus: too short, too few words, not in float32."""
+    config = model.config
+    if rules.max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"max_length is {rules.max_length}, but the model has {config.max_position_embeddings} positions"
+        )
+    if corpus.vocab_size > config.vocab_size:
+        raise ValueError(f"the corpus has ids up to {corpus.vocab_size - 1}, the model {config.vocab_size} words")
+    if kinds := {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.float64}:
+        raise ValueError(f"the model is in {kinds.pop()}, in which small steps are lost: load it in torch.float32")
 
 
-def cut_metrics(metrics: Path, step: int) -> None:
-    """Take back the lines of a metrics.jsonl that were written after `step`."""
-    if metrics.is_file():
-        kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] <= step]
-        with replacing(metrics) as partial:
-            partial.write_text("".join(kept))
-
-
-def seed_of(*words: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group; who makes batches must outlive the step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: Batch) -> Batch:
@@ -336,11 +359,11 @@ def _whole(value: Tensor) -> Tensor:
 
 def _means(sums: list[float]) -> dict[str, float]:
     mlm_loss, words, nsp_loss, nexts, masked, pairs, _ = sums
-    mlm_loss, nsp_loss = mlm_loss / max(1.0, masked), nsp_loss / pairs
+    mlm_loss, nsp_loss = mlm_loss / max(1.0, masked), nsp_loss / max(1.0, pairs)
     return {
         "loss": mlm_loss + nsp_loss,
         "mlm_loss": mlm_loss,
         "nsp_loss": nsp_loss,
         "mlm_accuracy": words / max(1.0, masked),
-        "nsp_accuracy": nexts / pairs,
+        "nsp_accuracy": nexts / max(1.0, pairs),
     }

@@ -20,6 +20,7 @@ from minibert.text.padding import Padding
 from minibert.text.request import Request, as_batch
 from minibert.text.vocabulary import Vocabulary, as_lists, wrong_ids
 from minibert.weights import hub
+from minibert.weights.files import write
 
 # Of the constructor's variables, those that are no settings to make a like tokenizer from
 NO_SETTING = ("self", "ignored", "__class__", "vocab", "vocab_file", "tokenizer_file", "tokenizer_object")
@@ -151,8 +152,7 @@ class BertTokenizer(Vocabulary):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **ignored: Any) -> tuple[str, ...]:
         """Write vocab.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json; return their paths.
 
-        transformers' `legacy_format` is taken and changes nothing. Each file appears whole: it is written beside its
-        place and then moved there, after all have been written.
+        transformers' `legacy_format` is taken and changes nothing. Each file appears whole.
         """
         files.check_ignored("save_pretrained", ignored)
         directory = Path(save_directory)
@@ -180,9 +180,7 @@ class BertTokenizer(Vocabulary):
             "special_tokens_map.json": json.dumps(names | extra, indent=2, ensure_ascii=False) + "\n",
         }
         for name, content in contents.items():
-            (directory / f".{name}.tmp").write_text(content, encoding="utf-8", newline="\n")
-        for name in contents:
-            (directory / f".{name}.tmp").replace(directory / name)
+            write(directory / name, content)
         return tuple(str(directory / name) for name in contents)
 
     # Text to ids

@@ -1,1 +1,2 @@
-"""What pretraining and fine-tuning share: `distributed` (one process or many), `onednn`, `curves`."""
+"""What pretraining and fine-tuning share: `run` (a run's directory), `optimizer`, `distributed` (one process or many),
+`onednn`, `curves`."""

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl. Those of a validation have names that begin with `validation_`."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+from minibert.training.run import read_metrics
 
 
 def plot_curves(metrics: str | os.PathLike[str], image: str | os.PathLike[str]) -> None:
@@ -35,7 +30,7 @@ def plot_curves(metrics: str | os.PathLike[str], image: str | os.PathLike[str]) 
     figure.savefig(image, dpi=120)
 
 
-def _curve(panel: Any, records: list[dict[str, float]], name: str, **style: Any) -> None:
-    points = [(record["step"], record[name]) for record in records if name in record]
+def _curve(panel: Any, records: list[dict[str, Any]], name: str, **style: Any) -> None:
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     if points:
         panel.plot(*zip(*points, strict=True), **style)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,17 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(minutes=10)  # for a step, a validation or a checkpoint; after that the others are given up
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` of them."""
+    """This process among `size` of them, which share a `store` of small values."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    store: dist.Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -36,8 +41,22 @@ class World:
         return values
 
     def wait(self) -> None:
+        """Go on when all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+    def first(self, name: str, work: Callable[[], None]) -> None:
+        """Let the first process do `work`, however long it takes, while the others wait for it; `name` is used once.
+
+        Not at a barrier, whose timeout is one of minutes. If the first process fails, torchrun ends the others.
+        """
+        if self.is_first:
+            work()
+        if self.store is not None:
+            if self.is_first:
+                self.store.set(name, "done")
+            while not self.store.check([name]):
+                time.sleep(0.2)
 
 
 @contextmanager
@@ -50,10 +69,12 @@ def world() -> Iterator[World]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    # Hours, because the others wait while the first process tokenizes the corpus
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    group = {"rank": rank, "world_size": size, "store": dist.PrefixStore("group", store)}
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, **group)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield World(rank, size, device, dist.PrefixStore("minibert", store))
     finally:
         dist.destroy_process_group()
 
@@ -88,9 +109,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 def put(target: Tensor, value: Tensor) -> None:
     """Write a whole tensor into `target`, each process its shard."""
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-    target.copy_(value)
+    target.copy_(_like(target, value))
+
+
+def _like(target: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor as `target` is: on its device, and sharded as it is."""
+    value = value.to(target.device)
+    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -103,19 +128,23 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
 
 @torch.no_grad()
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
-    """The inverse of `state_of`."""
+    """The inverse of `state_of`. Raises ValueError for a state of other parameters; nothing has changed then."""
     parameters = dict(model.named_parameters())
     if parameters.keys() != state.keys():
         different = sorted(parameters.keys() ^ state.keys())
         raise ValueError(f"the checkpoint is of another architecture: {', '.join(different[:5])} ... differ")
     for name, parameter in parameters.items():
+        shape = state[name]["value"].shape
+        if shape != parameter.shape:
+            raise ValueError(f"{name}: {tuple(shape)} in the checkpoint, {tuple(parameter.shape)} here")
+    numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, parameter in parameters.items():
         values = dict(state[name])
-        if values["value"].shape != parameter.shape:
-            raise ValueError(f"{name}: {tuple(values['value'].shape)} in the checkpoint, {tuple(parameter.shape)} here")
         put(parameter, values.pop("value"))
-        for key, value in values.items():
-            if value.ndim == 0:
-                optimizer.state[parameter][key] = value
-            else:
-                optimizer.state[parameter][key] = torch.zeros_like(parameter)
-                put(optimizer.state[parameter][key], value)
+        if values:
+            states[numbers[id(parameter)]] = {
+                key: value if value.ndim == 0 else _like(parameter, value) for key, value in values.items()
+            }
+    # It knows where each kind of state belongs: a fused AdamW keeps its count of steps beside the parameters
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -2,14 +2,16 @@
 
 Linear layers in float32: PyTorch gives their products to MKL, which leaves half of an AMD processor's vector width
 unused. Attention in bfloat16: the backward pass of PyTorch's fused kernel takes three times as long as plain products.
+
+These are other classes on the same parameters: `twin` gives a model that has them in the place of the plain ones, and
+the model itself stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,68 +21,58 @@ from minibert.model import BertSelfAttention
 
 LONGEST = 256  # tokens up to which plain products were seen to be faster than the fused attention
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def available() -> bool:
     """Whether this build of PyTorch has oneDNN's product."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-class Calling(AbstractContextManager[None]):
-    """Within this context every module of a kind calls `forward(module, ...)`. It may be entered again and again.
+def twin(model: M, classes: Mapping[type[nn.Module], type[nn.Module]]) -> M:
+    """A model with the same parameters, in which modules of some classes are of others; `train` and `eval` are its own.
 
-    The calls are made once: torch.compile would take new ones for new code.
+    A parameter that is replaced in one of them is replaced in both.
     """
-
-    def __init__(self, model: nn.Module, kind: type[nn.Module], forward: Callable[..., Any]) -> None:
-        self.calls = [(module, partial(forward, module)) for module in model.modules() if isinstance(module, kind)]
-
-    def __enter__(self) -> None:
-        for module, call in self.calls:
-            module.forward = call  # in front of the class's own
-
-    def __exit__(self, *exception: object) -> None:
-        for module, _ in self.calls:
-            del module.forward
+    other = copy.copy(model)  # what its __dict__ holds is shared, the parameters among it
+    other.__class__ = classes.get(type(model), type(model))
+    other._modules = {name: None if child is None else twin(child, classes) for name, child in model._modules.items()}
+    return other
 
 
-def linear_layers(model: nn.Module) -> Calling:
-    """Within this context the model's linear layers are oneDNN's, wherever their input is float32 on the CPU.
+class LinearLayer(nn.Linear):
+    """nn.Linear by oneDNN, wherever its input is float32 on the CPU."""
 
-    Backward passes belong inside too: what they compute again (gradient checkpointing) must be computed as before.
-    """
-    return Calling(model, nn.Linear, _forward)
+    def forward(self, x: Tensor) -> Tensor:
+        plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        if plain and x.ndim > 1 and x.numel() > 0 and not torch.is_autocast_enabled("cpu"):
+            return Linear.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
-def attention_by_products(model: nn.Module) -> Calling:
-    """Within this context the model's attention is matrix products and a softmax, where autocast is on.
+class AttentionByProducts(BertSelfAttention):
+    """BertSelfAttention by matrix products and a softmax, where autocast is on.
 
     It keeps the (B, H, T, T) probabilities for the backward pass, which the fused kernel computes again.
     """
-    return Calling(model, BertSelfAttention, _attention)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None, maps: list[Tensor] | None = None) -> Tensor:
+        B, T, D = hidden_states.shape
+        if maps is not None or T > LONGEST or not torch.is_autocast_enabled("cpu"):
+            return super().forward(hidden_states, mask, maps)
+        query, key, value = (
+            part(hidden_states).view(B, T, -1, self.attention_head_size).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )  # (B, H, T, K)
+        scores = query @ key.transpose(2, 3) * self.attention_head_size**-0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        probabilities = F.dropout(scores.softmax(-1), self.dropout.p, self.training)
+        return (probabilities @ value).transpose(1, 2).reshape(B, T, D)
 
 
-def _attention(
-    layer: BertSelfAttention, hidden_states: Tensor, mask: Tensor | None, maps: list[Tensor] | None = None
-) -> Tensor:
-    B, T, D = hidden_states.shape
-    if maps is not None or T > LONGEST or not torch.is_autocast_enabled("cpu"):
-        return BertSelfAttention.forward(layer, hidden_states, mask, maps)
-    query, key, value = (
-        part(hidden_states).view(B, T, -1, layer.attention_head_size).transpose(1, 2)
-        for part in (layer.query, layer.key, layer.value)
-    )  # (B, H, T, K)
-    scores = query @ key.transpose(2, 3) * layer.attention_head_size**-0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    probabilities = F.dropout(scores.softmax(-1), layer.dropout.p, layer.training)
-    return (probabilities @ value).transpose(1, 2).reshape(B, T, D)
-
-
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    plain = x.device.type == "cpu" and x.dtype == layer.weight.dtype == torch.float32
-    if plain and x.ndim > 1 and x.numel() > 0 and not torch.is_autocast_enabled("cpu"):
-        return Linear.apply(x, layer.weight, layer.bias)
-    return F.linear(x, layer.weight, layer.bias)
+LINEAR_LAYERS = {nn.Linear: LinearLayer}
+ATTENTION_BY_PRODUCTS = {BertSelfAttention: AttentionByProducts}
 
 
 class Linear(torch.autograd.Function):

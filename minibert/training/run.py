@@ -263,7 +263,10 @@ class Stop(AbstractContextManager["Stop"]):
 
     def __enter__(self) -> Stop:
         self._depth += 1
-        if self._depth == 1 and threading.current_thread() is threading.main_thread():
+        if self._depth > 1:
+            return self
+        self.asked, self._before = 0, {}
+        if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -348,7 +351,10 @@ def _finite(value: Any) -> Any:
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as they come back from a JSON file."""
+    """Values as they come back from a JSON file. Raises ValueError for a number that JSON does not have."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, but must be finite")
     return json.loads(json.dumps(dict(values), allow_nan=False))
 
 
@@ -357,4 +363,6 @@ def _option(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else "not given" if value is None else str(value)
+    if value is None or value == []:
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

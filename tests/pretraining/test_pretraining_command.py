@@ -14,7 +14,8 @@ from minibert.pipelines import pipeline
 from minibert.pretraining.command import add_arguments, run
 from minibert.pretraining.initial import look_at_neighbours
 from minibert.text.tokenizer import BertTokenizer
-from minibert.training.curves import plot_curves, read_metrics
+from minibert.training.curves import plot_curves
+from minibert.training.run import read_metrics
 
 SMALL = (
     "--vocab-size 90 --layers 1 --hidden-size 64 --max-length 32 --rows 4 --steps 6 --log-every 2 --validate-every 3"

@@ -9,19 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from training_job import labels_of
 
-from minibert.pretraining import data
+from minibert.pretraining import order, pairs
+from minibert.pretraining.batches import Batch, BatchMaker
 from minibert.pretraining.corpus import Corpus, build_corpus
-from minibert.pretraining.data import (
-    BatchMaker,
-    PairRules,
-    Plan,
-    Position,
-    lengths_of,
-    plan_batches,
-    plan_pairs,
-    report,
-)
+from minibert.pretraining.order import Plan, Position, plan_batches
+from minibert.pretraining.pairs import PairRules, lengths_of, plan_pairs
+from minibert.pretraining.report import report
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 DOCUMENTS, SENTENCES = 40, 30
@@ -55,7 +50,7 @@ def plans(corpus: Corpus, rules: PairRules, count: int, **options) -> list[Plan]
     return list(itertools.islice(plan_batches(corpus, rules, 8, **options), count))
 
 
-def equal(a: data.Batch, b: data.Batch) -> bool:
+def equal(a: Batch, b: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in zip(list(vars(a).values())[:-1], list(vars(b).values())[:-1], strict=True))
 
 
@@ -103,14 +98,14 @@ def google_truncation(a: int, b: int, room: int) -> tuple[int, int]:
 def test_truncation_is_googles():
     room = 20
     sizes = np.array(list(itertools.product(range(1, 50), range(1, 50))))
-    pairs = np.zeros(len(sizes), data.PAIR)
-    pairs["a_length"], pairs["b_length"] = sizes.T
-    pairs["a"], pairs["b"] = 1000, 2000
-    data._truncate(pairs, room, np.random.default_rng(0))
+    planned = np.zeros(len(sizes), pairs.PAIR)
+    planned["a_length"], planned["b_length"] = sizes.T
+    planned["a"], planned["b"] = 1000, 2000
+    pairs._truncate(planned, room, np.random.default_rng(0))
     expected = np.array([google_truncation(a, b, room) for a, b in sizes.tolist()])
-    assert np.array_equal(np.stack([pairs["a_length"], pairs["b_length"]], 1), expected)
-    removed = sizes[:, 0] - pairs["a_length"]
-    front = pairs["a"] - 1000
+    assert np.array_equal(np.stack([planned["a_length"], planned["b_length"]], 1), expected)
+    removed = sizes[:, 0] - planned["a_length"]
+    front = planned["a"] - 1000
     assert ((front >= 0) & (front <= removed)).all()
     assert abs(front.sum() / removed.sum() - 0.5) < 0.02  # half of the cuts at either end
 
@@ -119,10 +114,11 @@ def test_truncation_is_googles():
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_batches_are_well_formed(corpus, packed, whole_words):
     rules = PairRules(max_length=64, whole_words=whole_words, short_probability=0.5)
-    maker, pieces = BatchMaker(corpus, rules, packed=packed), corpus.vocab_file.read_text().splitlines()
+    maker = BatchMaker(corpus, rules, packed=packed)
+    pieces = (corpus.directory / "vocab.txt").read_text().splitlines()
     for plan in plans(corpus, rules, 20, packed=packed):
         batch = maker[plan]
-        labels, ids = batch.labels.numpy(), batch.input_ids.numpy()
+        labels, ids = labels_of(batch).numpy(), batch.input_ids.numpy()
         original = np.where(labels >= 0, labels, ids)
         assert (original[batch.pair.numpy() == 0] == 0).all()
         for number, pair in enumerate(plan.pairs, start=1):
@@ -181,7 +177,7 @@ def test_the_seed_decides_and_nothing_else(corpus):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_stream_starts_anywhere(corpus, packed, monkeypatch):
-    monkeypatch.setattr(data, "DOCUMENTS_A_BLOCK", 16)  # three blocks an epoch
+    monkeypatch.setattr(order, "DOCUMENTS_A_BLOCK", 16)  # three blocks an epoch
     rules = PairRules(max_length=64)
     whole = plans(corpus, rules, 60, packed=packed)
     assert whole[-1].epoch > 0
@@ -211,7 +207,7 @@ def test_parts_make_up_the_batch(corpus, packed, parts):
         whole = maker[plan]
         pieces = [maker[plan.part(i, parts)] for i in range(parts)]
         assert torch.equal(whole.input_ids, torch.cat([piece.input_ids for piece in pieces]))
-        assert torch.equal(whole.labels, torch.cat([piece.labels for piece in pieces]))
+        assert torch.equal(labels_of(whole), torch.cat([labels_of(piece) for piece in pieces]))
         assert sorted(whole.next_sentence_label) == sorted(torch.cat([p.next_sentence_label for p in pieces]))
 
 
@@ -245,3 +241,106 @@ def test_a_corpus_smaller_than_a_batch(corpus):
 def test_impossible_rules(change, message):
     with pytest.raises(ValueError, match=message):
         PairRules(**change)
+
+
+# --- what would not be seen in the losses
+
+
+@pytest.fixture(scope="module")
+def long_documents(tmp_path_factory) -> Corpus:
+    """Sentences of 3 to 30 words, whose lengths say nothing about their places."""
+    directory, draw = tmp_path_factory.mktemp("long"), random.Random(1)
+    (directory / "vocab.txt").write_text("\n".join([*SPECIAL, *"abcdefgh"]) + "\n")
+    documents = [
+        "\n".join(" ".join(draw.choices("abcdefgh", k=draw.randint(3, 30))) for _ in range(60)) for _ in range(30)
+    ]
+    (directory / "text.txt").write_text("\n\n".join(documents))
+    return build_corpus(
+        directory / "text.txt", directory / "corpus", directory / "vocab.txt", num_workers=1, progress=False
+    )
+
+
+@pytest.mark.parametrize("short", [0.0, 1.0])
+def test_lengths_do_not_tell_random_pairs_from_others(long_documents, short):
+    rules = PairRules(max_length=128, short_probability=short)
+    planned = np.concatenate(
+        [plan_pairs(long_documents, np.arange(30), rules, np.random.default_rng(i)) for i in range(20)]
+    )
+    random_next, real = (planned[planned["not_next"] == label] for label in (1, 0))
+    for name in ("a_length", "b_length", "cut"):
+        assert random_next[name].mean() == pytest.approx(real[name].mean(), rel=0.1, abs=0.5)
+    # Nor does the shape of their distribution: the best threshold on B's length is right hardly more often than a coin
+    lengths = np.arange(128)[:, None]
+    shares = [(pairs_["b_length"] <= lengths).mean(1) for pairs_ in (random_next, real)]
+    assert np.abs(shares[0] - shares[1]).max() < 0.1
+
+
+def test_text_that_a_random_one_displaces_comes_next(long_documents):
+    """With random second texts alone, the first ones are each document from its beginning up to its last sentence."""
+    rules = PairRules(max_length=2500, short_probability=0.0, random_next_probability=1.0)
+    planned = plan_pairs(long_documents, np.arange(30), rules, np.random.default_rng(0))
+    owners = document_of(long_documents, planned["a"])
+    assert not planned["cut"].any()
+    for document in range(30):
+        first, end = long_documents.documents[document : document + 2]
+        own = np.sort(planned[owners == document], order="a")
+        assert own["a"][0] == long_documents.sentences[first]
+        assert (own["a"][1:] == own["a"][:-1] + own["a_length"][:-1]).all()  # no gap
+        assert own["a"][-1] + own["a_length"][-1] == long_documents.sentences[end - 1]
+
+
+def test_documents_are_shuffled(corpus, monkeypatch):
+    monkeypatch.setattr(order, "DOCUMENTS_A_BLOCK", 10)
+    chosen = []
+    for epoch in range(3):
+        stream = plan_batches(corpus, PairRules(max_length=64), 8, start=Position(epoch=epoch), epochs=epoch + 1)
+        first = np.concatenate([plan.pairs["a"] for plan in stream if plan.block == 0])
+        chosen.append(frozenset(document_of(corpus, first)))
+    assert len(set(chosen)) == 3
+    assert not any(documents == frozenset(range(10)) for documents in chosen)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_come_in_no_order_of_length(long_documents, packed):
+    rules = PairRules(max_length=128, short_probability=1.0)
+    stream = plan_batches(long_documents, rules, 8, packed=packed, epochs=1)
+    longest = [lengths_of(plan.pairs).mean() for plan in stream]
+    assert len(longest) > 20
+    assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [8, 1000])
+def test_an_epoch_has_an_end_and_each_pair_counts_once(corpus, packed, rows, monkeypatch):
+    monkeypatch.setattr(order, "DOCUMENTS_A_BLOCK", 16)
+    rules = PairRules(max_length=64)
+    endless = itertools.takewhile(lambda plan: plan.epoch == 0, plan_batches(corpus, rules, rows, packed=packed))
+    epoch = list(plan_batches(corpus, rules, rows, packed=packed, epochs=1))
+    assert [plan.after for plan in epoch] == [plan.after for plan in endless]
+    maker, once = (BatchMaker(corpus, rules, packed=packed, once=once) for once in (False, True))
+    labelled, all_labelled, counted = 0, 0, set()
+    for plan in epoch:
+        batch, whole = once[plan], maker[plan]
+        assert torch.equal(batch.input_ids, whole.input_ids)
+        kept = batch.next_sentence_label != -100
+        assert torch.equal(batch.next_sentence_label[kept], whole.next_sentence_label[kept])
+        assert kept.tolist() == (plan.pairs["repeated"] == 0).tolist()
+        assert batch.pairs == kept.sum()
+        labelled += batch.masked
+        counted |= {(plan.block, number) for number in plan.pairs["number"][kept.numpy()].tolist()}
+        all_labelled += batch.pairs
+        # The masks of a pair that counts are all there
+        expected = np.isin(np.arange(1, 1 + len(plan.pairs)), np.flatnonzero(kept.numpy()) + 1)
+        owner = whole.pair.flatten()[whole.masked_positions][whole.masked_labels >= 0].numpy() - 1
+        assert batch.masked == expected[owner].sum()
+    assert len(counted) == all_labelled  # none twice
+    blocks = {plan.block for plan in epoch}
+    fresh = {
+        (block, number)
+        for block in blocks
+        for plan in epoch
+        if plan.block == block
+        for number in plan.pairs["number"].tolist()
+    }
+    assert counted == fresh  # none left out
+    assert labelled > 0

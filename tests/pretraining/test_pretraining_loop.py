@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +14,15 @@ import torch
 import torch.nn.functional as F
 import training_job
 from torch import nn
-from training_job import RULES, make_corpus, make_model
+from training_job import RULES, make_corpus, make_model, model_inputs
 
 import minibert
+from minibert.pretraining.batches import BatchMaker
 from minibert.pretraining.corpus import Corpus
-from minibert.pretraining.data import BatchMaker, PairRules, plan_batches
 from minibert.pretraining.loop import Run, Settings
 from minibert.pretraining.loss import PretrainingLoss, pair_lengths, pretraining_loss
+from minibert.pretraining.order import plan_batches
+from minibert.pretraining.pairs import PairRules
 from minibert.training import onednn
 from minibert.training.distributed import World
 from minibert.training.optimizer import learning_rate, make_optimizer
@@ -74,7 +75,7 @@ def test_dense_training_is_transformers_to_the_bit(corpus):
         torch.manual_seed(step)
         mine = loss_of(batch, loss(**vars(batch)))
         torch.manual_seed(step)
-        reference = theirs(**batch.model_inputs()).loss
+        reference = theirs(**model_inputs(batch)).loss
         assert torch.equal(mine, reference)
         mine.backward()
         reference.backward()
@@ -89,15 +90,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
-@pytest.mark.parametrize("arithmetic", [nullcontext, onednn.linear_layers], ids=["torch", "onednn"])
-def test_gathered_loss_and_gradients(corpus, arithmetic):
+@pytest.mark.parametrize("classes", [{}, onednn.LINEAR_LAYERS], ids=["torch", "onednn"])
+def test_gathered_loss_and_gradients(corpus, classes):
     batch = batch_of(corpus)
     results = []
-    for dense, context in ((True, nullcontext), (False, arithmetic)):
+    for dense, used in ((True, {}), (False, classes)):
         model = make_model(corpus, dropout=0.0)
-        with context(model):
-            loss = loss_of(batch, PretrainingLoss(model, dense=dense)(**vars(batch)))
-            loss.backward()
+        loss = loss_of(batch, PretrainingLoss(onednn.twin(model, used), dense=dense)(**vars(batch)))
+        loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     (expected, dense), (found, gathered) = results
     assert abs(found - expected) < 1e-6
@@ -113,14 +113,27 @@ def test_onednn_linear_layers():
     expected = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
     x32, layer32 = x.detach().float().requires_grad_(), torch.nn.Linear(16, 8)
     layer32.load_state_dict(layer.state_dict())
-    with onednn.linear_layers(nn.ModuleList([layer, layer32])):
-        out = layer32(x32)
-        assert "Linear" in out.grad_fn.name()
-        found = torch.autograd.grad(out.square().sum(), [x32, *layer32.parameters()])
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))  # what is not float32 goes the usual way
-    assert "forward" not in vars(layer32)
+    twin32, twin64 = onednn.twin(nn.ModuleList([layer32, layer]), onednn.LINEAR_LAYERS)
+    out = twin32(x32)
+    assert "Linear" in out.grad_fn.name()
+    found = torch.autograd.grad(out.square().sum(), [x32, *layer32.parameters()])
+    assert torch.equal(twin64(x), F.linear(x, layer.weight, layer.bias))  # what is not float32 goes the usual way
+    assert type(layer32) is nn.Linear
     for a, b in zip(found, expected, strict=True):
         assert relative(a.double(), b) < 1e-6
+
+
+def test_a_twin_has_the_parameters_and_its_own_mode(corpus):
+    model = make_model(corpus).eval()
+    kinds = [type(module) for module in model.modules()]
+    twin = onednn.twin(model, onednn.LINEAR_LAYERS | onednn.ATTENTION_BY_PRODUCTS).train()
+    assert [type(module) for module in model.modules()] == kinds
+    assert not any(module.training for module in model.modules())
+    assert all(module.training for module in twin.modules())
+    pairs = zip(model.named_parameters(), twin.named_parameters(), strict=True)
+    assert all(name == other and one is two for (name, one), (other, two) in pairs)
+    assert {type(module) for module in twin.modules()} >= {onednn.LinearLayer, onednn.AttentionByProducts}
+    assert twin.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -128,19 +141,17 @@ def test_attention_by_products(corpus, packed):
     """The same loss and gradients; in double precision, which autocast leaves alone: no rounding hides a slip."""
     batch, results = batch_of(corpus, packed=packed), []
     model = make_model(corpus, dropout=0.0).double()
-    products = onednn.attention_by_products(model)
-    for context in (nullcontext(), products, products):
-        with context, torch.autocast("cpu", torch.bfloat16):
-            sums = PretrainingLoss(model)(**vars(batch))
+    for classes in ({}, onednn.ATTENTION_BY_PRODUCTS):
+        with torch.autocast("cpu", torch.bfloat16):
+            sums = PretrainingLoss(onednn.twin(model, classes))(**vars(batch))
             loss = loss_of(batch, sums)
             gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         kernels = {type(node).__name__ for node in backward_nodes(sums)}
-        assert any("ScaledDotProduct" in name for name in kernels) == isinstance(context, nullcontext)
+        assert any("ScaledDotProduct" in name for name in kernels) == (not classes)
         results.append((loss.detach(), torch.cat([g.flatten() for g in gradients if g is not None])))
     for loss, gradient in results[1:]:
         assert abs(loss - results[0][0]) < 1e-9
         assert relative(gradient, results[0][1]) < 1e-9
-    assert all("forward" not in vars(module) for module in model.modules())
 
 
 def backward_nodes(tensor: torch.Tensor) -> set:
@@ -174,11 +185,6 @@ def test_packed_pairs_do_not_see_each_other(corpus):
     assert torch.allclose(together, torch.stack(alone).sum(0), rtol=1e-6)
     for name, parameter in model.named_parameters():
         assert torch.allclose(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6), name
-
-
-def test_a_packed_batch_is_not_for_a_models_own_forward(corpus):
-    with pytest.raises(ValueError, match="several pairs in a row"):
-        batch_of(corpus, packed=True).model_inputs()
 
 
 def test_gradient_checkpointing_changes_nothing(corpus, tmp_path):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import training_job
 from training_job import make_corpus
 
 from minibert.pretraining.corpus import Corpus
+from minibert.training.distributed import TIMEOUT, World
 
 pytestmark = pytest.mark.slow
 
@@ -69,3 +74,29 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(corpus, alone, tmp_path,
     ended, whole = (torch.load(path / "checkpoint.pt", weights_only=True)["parameters"] for path in (tmp_path, alone))
     for name, values_ in whole.items():
         assert torch.allclose(ended[name]["value"], values_["value"], rtol=1e-2, atol=2e-3), name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_both_at_the_same_step(corpus, tmp_path, rank):
+    """It neither hangs nor loses the signal, and what was saved goes on to the same end as a run without a stop."""
+    common = ["--steps", "10", "--save-every", "100"]
+    train(corpus, tmp_path / "whole", *common, processes=2)
+    train(corpus, tmp_path / "run", *common, "--kill-at", "4", "--send", "15", "--rank", str(rank), processes=2)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 5  # told in the next step's sum
+    train(corpus, tmp_path / "run", *common, "--resume", processes=2)
+    one, other = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["parameters"] for n in ("whole", "run"))
+    assert all(torch.equal(value, other[name][key]) for name, values_ in one.items() for key, value in values_.items())
+
+
+def test_the_others_wait_for_the_first_process_longer_than_a_timeout(monkeypatch):
+    """While it tokenizes a corpus, say: not at a barrier, whose timeout is one of minutes."""
+    store, told = dist.HashStore(), []
+    first, second = World(0, 2, store=store), World(1, 2, store=store)
+    waiting = threading.Thread(target=lambda: (second.first("data", lambda: told.append("never")), told.append("on")))
+    waiting.start()
+    time.sleep(0.5)
+    assert told == []
+    first.first("data", lambda: told.append("made"))
+    waiting.join(timeout=30)
+    assert told == ["made", "on"]
+    assert timedelta(minutes=1) <= TIMEOUT <= timedelta(minutes=30)

@@ -63,6 +63,11 @@ def test_what_may_change_is_said_and_what_may_not_is_refused_by_name(directory):
     assert (directory.path / "run.json").read_bytes() == before
 
 
+def test_settings_are_numbers(directory):
+    with pytest.raises(ValueError, match="rate is nan, but must be finite"):
+        directory.settle("train", {"rate": float("nan")}, DEFAULTS, resume=False)
+
+
 def test_what_cannot_be_resumed_or_begun(directory):
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         settle(directory)
@@ -201,6 +206,8 @@ def test_signals_only_ask(number):
         os.kill(os.getpid(), number)  # still within the outer one
     assert signal.getsignal(number) == before
     assert exit_status(stop.asked) == 128 + number
+    with stop:
+        assert not stop.asked  # another fit, another chance
     assert exit_status(0) == 0
 
 
