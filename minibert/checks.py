@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,12 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = None) 
     return value
 
 
-def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> Any:
-    """One of `allowed`, else ValueError."""
-    allowed = list(allowed)
-    # By type too, since 1 == True
-    if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-    return value
+def check_choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
+    """The one of `allowed` that the value is, else ValueError."""
+    for choice in allowed:
+        if isinstance(value, type(choice)) and value == choice:  # by type too, since 1 == True
+            return choice
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

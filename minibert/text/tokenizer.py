@@ -25,7 +25,9 @@ from minibert.weights.files import write
 # Of the constructor's variables, those that are no settings to make a like tokenizer from
 NO_SETTING = ("self", "ignored", "__class__", "vocab", "vocab_file", "tokenizer_file", "tokenizer_object")
 # Of a call's variables, those that are no options
-TEXTS = ("self", "text", "text_pair", "text_target", "text_pair_target", "max_target_length", "tokenizer_kwargs")
+TEXTS = frozenset(
+    ("self", "text", "text_pair", "text_target", "text_pair_target", "max_target_length", "tokenizer_kwargs")
+)
 NO_LIMIT = int(1e30)  # what transformers writes as model_max_length when nothing is known
 PADDING = {False: None, True: "longest", "longest": "longest", "max_length": "max_length", "do_not_pad": None}
 TRUNCATION = {False: None, True: "longest_first", "do_not_truncate": None} | {
