@@ -75,6 +75,8 @@ def make() -> int:
         worst = max(worst, status)
         if status < 2:
             lines += row(name, out / "certificate.json", time.perf_counter() - start)
+            for file in out.iterdir():  # where a package lies here is nobody's business
+                file.write_text(file.read_text().replace(str(directory), directory.name))
     (RESULTS / "parity.md").write_text("\n".join(lines) + "\n")
     return worst
 

@@ -15,6 +15,7 @@ from minibert.parity.comparison import Outputs, Side
 from minibert.parity.inputs import Case, labels_for
 from minibert.parity.metrics import Tally
 
+_ULPS = 1e4  # and in ulps, for a side that has no float64
 _FLOOR = 1e-9  # relative error in float64 above which a difference is a bug
 
 
@@ -92,7 +93,7 @@ def training(own: nn.Module, theirs: nn.Module, case: Case, head: str, config: A
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
         return losses, dict(model.named_parameters())
 
     (losses, after), (expected, expected_after) = run(own, True), run(theirs, True)
@@ -109,22 +110,19 @@ def invariance(side: Side, cases: Sequence[Case], longest: int) -> dict[str, Any
     """How far results change, in ulps, with what should not matter; a change that stays in float64 is a bug."""
     case = next((c for c in cases if c.tokens == 9 and c.real is None), None)
     case = case or next((c for c in cases if c.real is None or bool(c.real.all())), cases[0])
+    exact = None if side.module is None else Side(side.name, steps.in_float64(side.module), torch.float64)
+    base, truth = side.outputs(case), {} if exact is None else exact.outputs(case)
     found: dict[str, float] = {}
     bugs = []
-    exact = None
+    again = _variants(exact, case, longest) if exact is not None else iter(())
     for name, result in _variants(side, case, longest):
-        base = side.outputs(case)
         tallies = [Tally(side.dtype) for _ in base]
         for tally, key in zip(tallies, base, strict=True):
             tally.add(_cut(result[key], base[key]), base[key])
         found[name] = max((tally.ulp for tally in tallies), default=0.0)
-        if found[name] and side.module is not None:
-            exact = exact or Side(side.name, steps.in_float64(side.module), torch.float64)
-            base = exact.outputs(case)
-            again = dict(_variants(exact, case, longest))[name]
-            if any(steps.relative(_cut(again[key], base[key]), base[key]) > _FLOOR for key in base):
-                bugs.append(name)
-        elif found[name] > 1e4:
+        twin = next(again, (name, {}))[1]
+        stays = any(steps.relative(_cut(twin[key], truth[key]), truth[key]) > _FLOOR for key in truth)
+        if stays or (exact is None and found[name] > _ULPS):
             bugs.append(name)
     changed = ", ".join(f"{name} {ulp:.2g}" for name, ulp in found.items() if ulp) or "nothing changes a bit"
     verdict = "bug" if bugs else "rounding" if any(found.values()) else "same bits"
@@ -157,9 +155,10 @@ def _variants(side: Side, case: Case, longest: int) -> Iterator[tuple[str, Outpu
     for count in {1, max(2, threads)} - {threads}:
         torch.set_num_threads(count)
         try:
-            yield f"{count} threads", run(inputs)
+            result = run(inputs)
         finally:
             torch.set_num_threads(threads)
+        yield f"{count} threads", result
     if side.module is not None and not hasattr(side.module, "plan"):
         for name, offset in (("aligned", 0), ("offset 4", 4), ("offset 2", 2), ("transposed", None)):
             yield name, run(inputs, moved(side.module, offset))

@@ -90,6 +90,7 @@ class _Job:
         self.cases = list(inputs.synthetic(self.config, self.kind.__name__))
         if self.tokenizer is not None and self.kind.__name__ != "BertForMultipleChoice":
             self.cases += inputs.encoded(self.texts, self.tokenizer, self.config)
+        self.invariance: dict[str, Any] = {}  # of each side, by its name
         self._opened: dict[tuple[str, str], Any] = {}
 
     def _tokenizer(self) -> Any:
@@ -206,8 +207,9 @@ def _compared(job: _Job, path: str, dtype: str, spec: str) -> Any:
             report.checks["train"] = checks.training(*trained, job.arguments.steps)
     if "invariance" in wanted and is_peer:
         for side, name in ((own, "invariance"), (other, "invariance of the reference")):
-            found = checks.invariance(side, cases, longest)
-            report.checks[name] = found if side is own else {**found, "passed": True}
+            if side.name not in job.invariance:
+                job.invariance[side.name] = checks.invariance(side, cases, longest)
+            report.checks[name] = {**job.invariance[side.name], **({} if side is own else {"passed": True})}
     return report
 
 
