@@ -74,9 +74,9 @@ def optimized(model: nn.Module, s: Setting) -> nn.Module:
         return minibert.optimize(model)
     from dataclasses import replace
 
-    from minibert.fast.cuda import PLAIN, with_plan
+    from minibert.fast.cuda import PLAIN
 
-    return with_plan(model, replace(PLAIN, graphs=True, dtype=str(model.dtype).removeprefix("torch.")))
+    return replace(PLAIN, graphs=True, dtype=str(model.dtype).removeprefix("torch.")).build(model)
 
 
 def twins(s: Setting, head: str, attention: str = "sdpa", **changes: Any) -> tuple[nn.Module, nn.Module]:

@@ -23,6 +23,7 @@ COMMANDS = {
     "study": "minibert.commands.study",
     "inspect": "minibert.commands.inspect",
     "convert": "minibert.commands.convert",
+    "optimize": "minibert.commands.optimize",
     "embed": "minibert.commands.embed",
     "pretrain": "minibert.pretraining.command",
     "finetune": "minibert.finetuning.command",

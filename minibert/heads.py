@@ -114,9 +114,11 @@ class BertWithHead(BertPreTrainedModel):
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return classification_loss(logits, labels)
 
-    def outputs(self, encoded: BaseModelOutput, labels: Tensor | None = None) -> LogitsOutput:
-        """The head on an encoder's results, with the loss if there are labels."""
-        logits = self._logits(encoded)
+    def outputs(
+        self, encoded: BaseModelOutput, labels: Tensor | None = None, logits: Tensor | None = None
+    ) -> LogitsOutput:
+        """The head on an encoder's results, with the loss if there are labels. logits: if they are computed already."""
+        logits = self._logits(encoded) if logits is None else logits
         loss = None if labels is None else self._loss(logits, labels)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
@@ -184,10 +186,20 @@ class BertForPreTraining(BertPreTrainedModel):
         self.post_init()
 
     def outputs(
-        self, encoded: BaseModelOutput, labels: Tensor | None = None, next_sentence_label: Tensor | None = None
+        self,
+        encoded: BaseModelOutput,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        words: Tensor | None = None,
     ) -> PreTrainingOutput:
-        """Both heads on an encoder's results; the loss is the sum of those whose labels are given."""
-        words, next_sentence = self.cls(encoded.last_hidden_state, encoded.pooler_output)  # (B, T, V), (B, 2)
+        """Both heads on an encoder's results; the loss is the sum of those whose labels are given.
+
+        words: the scores of words (B, T, V), where they are computed already.
+        """
+        if words is None:
+            words, next_sentence = self.cls(encoded.last_hidden_state, encoded.pooler_output)  # (B, T, V), (B, 2)
+        else:
+            next_sentence = self.cls.seq_relationship(encoded.pooler_output)  # (B, D) -> (B, 2)
         mlm_loss = None if labels is None else classification_loss(words, labels)
         nsp_loss = None if next_sentence_label is None else classification_loss(next_sentence, next_sentence_label)
         losses = [loss for loss in (mlm_loss, nsp_loss) if loss is not None]

@@ -39,13 +39,18 @@ def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str = 
     assert error <= allowed, f"{what}: off by {error:.1e}, allowed {allowed:.1e}"
 
 
-def check(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Result and the gradient of every floating-point input, against `reference` in float64 on the same numbers."""
+def check(
+    kernel: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor, gradients: bool = False
+) -> None:
+    """The result, and if asked for the gradient of every floating-point input, against `reference` in float64."""
     twins = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
     got, expected = kernel(*inputs), reference(*twins)
     dtype = inputs[0].dtype if inputs[0].is_floating_point() else inputs[1].dtype
     assert got.shape == expected.shape
     assert_close(got, expected, dtype)
+    assert got.requires_grad == gradients
+    if not gradients:
+        return
     upstream = draw(*got.shape, dtype=got.dtype, device=str(got.device), seed=9).detach()
     asking = [i for i, x in enumerate(inputs) if x.is_floating_point()]
     grads = torch.autograd.grad(got, [inputs[i] for i in asking], upstream)

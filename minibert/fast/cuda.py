@@ -16,16 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.base import BertPreTrainedModel
-from minibert.fast.encoder import Norm
+from minibert.fast.encoder import Encoded, Norm
 from minibert.fast.graphs import Bucket, Graphs, bucket_for
-from minibert.fast.optimized import OptimizedModel, _Call
-from minibert.fast.padding import Packing, Picked, packing
+from minibert.fast.optimized import OptimizedModel
+from minibert.fast.padding import Batch, Packing, Picked
 from minibert.fast.pieces import LARGE, TORCH, Pieces, cuda_seconds, measured
 from minibert.fast.plan import NAMES
 from minibert.fast.varlen import Texts, attend, varlen_obstacle
-from minibert.inputs import check_inputs
 from minibert.model import BertLayer, BertModel
-from minibert.outputs import BaseModelOutput
 
 _PADDED_ROWS = 8192  # rows that a graph without FlashAttention may pad its texts to
 
@@ -41,6 +39,7 @@ class GpuPlan:
     varlen: bool
     graphs: bool
     receipts: tuple[str, ...]
+    compile: bool | None = False
 
     @property
     def activations(self) -> torch.dtype:
@@ -50,8 +49,15 @@ class GpuPlan:
     def pieces(self, tokens: int) -> Pieces:
         return self.large if tokens >= LARGE else self.small
 
-    def explain(self) -> str:
-        return "\n".join(self.receipts)
+    @torch.no_grad()
+    def build(self, model: BertPreTrainedModel) -> OptimizedModel:
+        """The optimized model, on whatever device `model` is."""
+        head = getattr(getattr(model, "cls", None), "predictions", None)
+        engine = GpuEngine(model.base_model, head, self)
+        notes = [f"memory: {engine.nbytes / 2**20:.0f} MiB for a second copy of weights, joined, cast or padded"]
+        if engine.graphs is not None:
+            notes.append(_try_graph(engine))
+        return OptimizedModel(model, engine, replace(self, graphs=engine.graphs is not None), tuple(notes))
 
     def __str__(self) -> str:
         attention = "varlen_attn" if self.varlen else "scaled_dot_product_attention"
@@ -116,29 +122,72 @@ class GpuLayer:
         return pieces.down(pieces.up(y_ND, *self.up, self.activation), *self.down, y_ND, self.norm)
 
 
-class GpuEncoder:
-    """The embeddings and layers of a BertModel."""
+class GpuEngine:
+    """Computes batches for a BertModel and, if there is one, a head of masked words.
 
-    def __init__(self, model: BertModel, plan: GpuPlan):
+    Batches are planned on the host: one copy of the ids to the device, none of anything back until the results.
+    """
+
+    def __init__(self, model: BertModel, head: nn.Module | None, plan: GpuPlan):
         self.plan, self.dtype, self.device = plan, plan.activations, model.device
         self.embeddings = model.embeddings
         self.layers = [GpuLayer(layer, plan) for layer in model.encoder.layer]
+        self.head = None if head is None else GpuVocabularyHead(head, plan)
         shared = {parameter.data_ptr() for parameter in model.parameters()}
         copies = [weight for layer in self.layers for weight in layer.weights() if weight.data_ptr() not in shared]
         self.nbytes = sum(weight.numel() * weight.element_size() for weight in copies)
+        self.nbytes += 0 if self.head is None else self.head.nbytes
         self.graphs = Graphs(self._encode_bucket, self.device) if plan.graphs else None
 
-    def embed(self, ids_3N: Tensor) -> Tensor:
-        """Word, segment and position ids on the device -> (N, D)."""
-        return self.plan.pieces(ids_3N.shape[1]).embed(ids_3N, self.embeddings, self.dtype)
+    def to_host(self, x: Any) -> Any:
+        return x.cpu() if isinstance(x, Tensor) and x.is_cuda else x
 
-    def embed_given(self, inputs_embeds_ND: Tensor, ids_3N: Tensor) -> Tensor:
-        """The same, with embeddings instead of words."""
+    def to_device(self, x: Tensor | None) -> Tensor | None:
+        """Through pinned memory, so that the host need not wait."""
+        if x is None or self.device.type != "cuda" or x.is_cuda:
+            return x
+        return x.pin_memory().to(self.device, non_blocking=True)
+
+    def encode(self, batch: Batch, with_states: bool = False, with_maps: bool = False) -> Encoded:
+        """All layers, as one graph where the batch is small and nothing else is asked for."""
+        plan, picked = batch.packing, batch.picked
+        with _on(self.device):
+            bucket = None if with_maps or with_states or batch.embeds_ND is not None else self._bucket(plan)
+            maps = None
+            if with_maps:
+                shape = (plan.shape[0], self.layers[0].heads if self.layers else 0, plan.shape[1], plan.shape[1])
+                maps = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+            if bucket is not None:
+                states = [self.graphs.run(batch.ids_3N, plan.lengths, bucket)]
+            else:
+                only_picked = picked is not None and len(picked.index) and not with_states and not with_maps
+                states = self._encode_freely(batch, picked if only_picked else None, maps)
+            last = states[-1]
+            if picked is not None and len(last) == plan.tokens:
+                last = last.index_select(0, self.to_device(picked.index))
+            return Encoded(last, states if with_states else None, maps)
+
+    def words(self, x_MD: Tensor) -> Tensor:
+        """The head of masked words, (M, D) -> (M, V)."""
+        with _on(self.device):
+            return self.head(x_MD)
+
+    def _embed(self, ids_3N: Tensor, embeds_ND: Tensor | None = None) -> Tensor:
+        """Word, segment and position ids on the device -> (N, D)."""
+        if embeds_ND is None:
+            return self.plan.pieces(ids_3N.shape[1]).embed(ids_3N, self.embeddings, self.dtype)
         tables = self.embeddings
-        x_ND = inputs_embeds_ND + tables.token_type_embeddings(ids_3N[1])
+        x_ND = embeds_ND + tables.token_type_embeddings(ids_3N[1])
         return tables.LayerNorm(x_ND + tables.position_embeddings(ids_3N[2])).to(self.dtype)
 
-    def encode(
+    def _encode_freely(self, batch: Batch, picked: Picked | None, maps: list[Tensor] | None) -> list[Tensor]:
+        """Without a graph: all hidden states, of the last one only the picked tokens. Fills in the maps."""
+        x_ND = self._embed(self.to_device(batch.ids_3N), batch.embeds_ND)
+        asking = None if picked is None else self._asking(picked)
+        keep_maps = None if maps is None else lambda number, qkv: _keep_map(maps[number], qkv, batch.packing)
+        return self._layers(x_ND, self._texts(batch.packing), asking, keep_maps)
+
+    def _layers(
         self, x_ND: Tensor, texts: Texts, asking: tuple[Tensor, Texts] | None = None, keep_maps: Any = None
     ) -> list[Tensor]:
         """All hidden states, the embeddings first; of the last one only the tokens asking, (M, D).
@@ -151,7 +200,7 @@ class GpuEncoder:
             states.append(layer(states[-1], texts, asking if number == last else None, keep))
         return states
 
-    def bucket(self, plan: Packing) -> Bucket | None:
+    def _bucket(self, plan: Packing) -> Bucket | None:
         """The graph to use for a batch, or None."""
         if self.graphs is None or plan.masks:
             return None
@@ -163,134 +212,26 @@ class GpuEncoder:
     def _encode_bucket(self, batch: Tensor, bucket: Bucket) -> Tensor:
         ids_3N = batch[: 3 * bucket.N].view(3, bucket.N)
         texts = Texts(batch[3 * bucket.N :].int(), bucket.longest, self.plan.varlen)
-        return self.encode(self.embed(ids_3N), texts)[-1]
-
-
-class GpuModel(OptimizedModel):
-    """`OptimizedModel` on a GPU. Inputs may be on the CPU, which saves the wait for them to be copied there."""
-
-    def _call(self, positions: Tensor | None) -> _GpuCall:
-        return _GpuCall(self, positions)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See OptimizedModel.forward. Autocast changes nothing: the dtype was chosen by `optimize`."""
-        with _on(self.device), torch.autocast(self.device.type, enabled=False):
-            return super().forward(*args, **kwargs)
-
-
-class _GpuCall(_Call):
-    """A call's shapes are planned on the host: one copy of the ids there, none of anything back until the results."""
-
-    def bert(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutput | tuple[Any, ...]:
-        """BertModel.forward. The last hidden state stays packed, except for a bare BertModel."""
-        config, encoder = self.config, self.fast.encoder
-        hosted = (_to_host(x) for x in (input_ids, attention_mask, token_type_ids, position_ids, self.positions))
-        input_ids, attention_mask, token_type_ids, position_ids, self.positions = hosted
-        check_inputs(config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        with_maps = config.output_attentions if output_attentions is None else output_attentions
-        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        B, T = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        plan = packing(attention_mask, B, T, encoder.dtype)
-        wanted = self._wanted(B, T)
-        picked = None if wanted is None else plan.pick(wanted)
-        self.packing = replace(plan, index=self._to_device(plan.index), masks={})
-        ids_3N = _ids(plan, input_ids, token_type_ids, position_ids)
-        bucket = None if with_maps or with_states or inputs_embeds is not None else encoder.bucket(plan)
-        maps = None
-        if with_maps:
-            shape = (B, config.num_attention_heads, T, T)
-            maps = [torch.zeros(shape, dtype=encoder.dtype, device=encoder.device) for _ in encoder.layers]
-        if bucket is not None:
-            states = [encoder.graphs.run(ids_3N, plan.lengths, bucket)]
-        else:
-            only_picked = picked is not None and len(picked.index) and not with_states and not with_maps
-            states = self._encode(plan, ids_3N, inputs_embeds, picked if only_picked else None, maps)
-        last = states[-1]
-        if picked is not None and len(last) == plan.tokens:
-            last = last.index_select(0, self._to_device(picked.index))
-        pooled = None if self.fast.pooler is None else self._pooled(last, plan, picked)
-        if self.positions is not None:  # without added first tokens
-            asked = plan.pack(self.positions).index_select(0, picked.index).nonzero().squeeze(1)
-            last = last.index_select(0, self._to_device(asked))
-        if isinstance(self.fast.model, BertModel):
-            last = self._as_asked(last)
-        all_states = tuple(self._padded(state) for state in states) if with_states else None
-        output = BaseModelOutput(last, pooled, all_states, None if maps is None else tuple(maps))
-        return self.finish(output, return_dict)
-
-    def _encode(
-        self,
-        plan: Packing,
-        ids_3N: Tensor,
-        inputs_embeds: Tensor | None,
-        picked: Picked | None,
-        maps: list[Tensor] | None,
-    ) -> list[Tensor]:
-        """Without a graph: all hidden states, of the last one only the picked tokens. Fills in the maps."""
-        encoder, ids_3N = self.fast.encoder, self._to_device(ids_3N)
-        if inputs_embeds is None:
-            x_ND = encoder.embed(ids_3N)
-        else:
-            x_ND = encoder.embed_given(self.packing.pack(inputs_embeds.to(encoder.device)), ids_3N)
-        asking = None if picked is None else self._asking(picked)
-        keep_maps = None if maps is None else lambda number, qkv: _keep_map(maps[number], qkv, plan)
-        return encoder.encode(x_ND, self._texts(plan), asking, keep_maps)
+        return self._layers(self._embed(ids_3N), texts)[-1]
 
     def _texts(self, plan: Packing) -> Texts:
-        longest, varlen = max(plan.lengths), self.fast.plan.varlen
+        longest, varlen = max(plan.lengths), self.plan.varlen
         starts = self._starts(plan.lengths)
         if not plan.masks:
             return Texts(starts, longest, varlen)
-        return Texts(starts, longest, False, self._to_device(_dense_mask(plan, longest)))
+        return Texts(starts, longest, False, self.to_device(_dense_mask(plan, longest)))
 
     def _asking(self, picked: Picked) -> tuple[Tensor, Texts]:
-        lengths = [len(tokens) for tokens in picked.per_row]
-        texts = Texts(self._starts(lengths), max(lengths), self.fast.plan.varlen)
-        return self._to_device(picked.index), texts
+        texts = Texts(self._starts(picked.lengths), max(picked.lengths), self.plan.varlen)
+        return self.to_device(picked.index), texts
 
     def _starts(self, lengths: list[int]) -> Tensor:
-        return self._to_device(torch.tensor([0, *lengths]).cumsum(0).int())
-
-    def _pooled(self, last_MD: Tensor, plan: Packing, picked: Picked | None) -> Tensor:
-        lengths = plan.lengths if picked is None else [len(tokens) for tokens in picked.per_row]
-        first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        first_BD = last_MD.index_select(0, self._to_device(first))
-        return self.fast.pooler(first_BD.to(self.fast.dtype)[:, None])  # (B, 1, D) -> (B, D)
-
-    def _to_device(self, x: Tensor | None) -> Tensor | None:
-        """Through pinned memory, so that the host need not wait."""
-        device = self.fast.device
-        if x is None or device.type != "cuda":
-            return x
-        return x.pin_memory().to(device, non_blocking=True)
+        return self.to_device(torch.tensor([0, *lengths]).cumsum(0).int())
 
 
 def _on(device: torch.device) -> AbstractContextManager:
     """Kernels and graphs are launched on the current device: make it the model's."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _to_host(x: Any) -> Any:
-    return x.cpu() if isinstance(x, Tensor) and x.is_cuda else x
-
-
-def _ids(plan: Packing, words: Tensor | None, segments: Tensor | None, positions: Tensor | None) -> Tensor:
-    """(3, N), on the host: word (0 if embeddings are given instead), segment and position of each computed token."""
-    nothing = torch.zeros(1, plan.shape[1], dtype=torch.long)
-    if positions is None:
-        positions = torch.arange(plan.shape[1])[None]
-    rows = (plan.pack(nothing if x is None else x.long()) for x in (words, segments, positions))
-    return torch.stack(list(rows))
 
 
 def _dense_mask(plan: Packing, longest: int) -> Tensor:
@@ -316,7 +257,8 @@ def _keep_map(maps_BHTT: Tensor, qkv_N3D: Tensor, plan: Packing) -> None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         nothing = (scores == -torch.inf).all(-1, keepdim=True)
         places = plan.columns(row).to(scores.device)
-        maps_BHTT[row][:, places[:, None], places[None]] = scores.softmax(-1).masked_fill(nothing, 0.0)
+        probabilities = torch.where(nothing, 1 / scores.shape[-1], scores.softmax(-1))  # uniform, as the plain model's
+        maps_BHTT[row][:, places[:, None], places[None]] = probabilities
 
 
 def gpu_plan(model: BertPreTrainedModel, dtype: str | None) -> GpuPlan:
@@ -359,33 +301,15 @@ def _dtype(asked: str | None, own: str, capability: tuple[int, int]) -> str:
     return name
 
 
-def with_plan(model: BertPreTrainedModel, plan: GpuPlan) -> GpuModel:
-    """The optimized model, on whatever device `model` is."""
-    encoder = GpuEncoder(model.base_model, plan)
-    words = getattr(getattr(model, "cls", None), "predictions", None)
-    head = None if words is None else GpuVocabularyHead(words, plan)
-    extra = encoder.nbytes + (0 if head is None else head.nbytes)
-    receipts = [*plan.receipts, f"memory: {extra / 2**20:.0f} MiB for a second copy of weights, joined, cast or padded"]
-    if encoder.graphs is not None:
-        receipts.append(_try_graph(encoder))
-    plan = replace(plan, graphs=encoder.graphs is not None, receipts=tuple(receipts))
-    return GpuModel(model, encoder, head, plan)
-
-
-def _try_graph(encoder: GpuEncoder) -> str:
+def _try_graph(engine: GpuEngine) -> str:
     """Capture one graph now: where that is impossible, do without, and say so."""
     try:
-        with _on(encoder.device):
-            encoder.graphs.capture(bucket_for([16]))
+        with _on(engine.device):
+            engine.graphs.capture(bucket_for([16]))
     except RuntimeError as failure:
-        encoder.graphs = None
+        engine.graphs = None
         return f"CUDA graphs: not used ({str(failure).splitlines()[0]})"
     return "CUDA graphs: batches of up to 4096 tokens, one graph a size, captured at first use"
-
-
-def on_cuda(model: BertPreTrainedModel, dtype: str | None) -> GpuModel:
-    """What `optimize` does for a model on a GPU."""
-    return with_plan(model, gpu_plan(model, dtype))
 
 
 PLAIN = GpuPlan("float32", TORCH, TORCH, False, False, ("torch's own kernels on packed tokens",))

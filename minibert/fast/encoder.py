@@ -1,17 +1,17 @@
-"""The encoder on CPU: the layers of a BertModel, on packed tokens and fused weights."""
+"""The engine on CPU: embeddings, layers and the word head, on packed tokens and weights laid out for the kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from minibert.fast.attention import attend
-from minibert.fast.padding import Packing, Picked
+from minibert.fast.padding import Batch, Packing, Picked
 from minibert.model import BertLayer, BertModel
 
 # Activations bounded below by -0.17, as GELU is
@@ -21,6 +21,8 @@ GELUS = ("gelu", "gelu_new", "gelu_python", "gelu_accurate", "gelu_python_tanh",
 class Linear(Protocol):
     """A linear layer of the fast path: onednn.PlainLinear, onednn.PrepackedLinear, quantize.Int8Linear."""
 
+    copies: bool  # whether it lays the weight out anew, in memory of its own
+    weight: Tensor
     nbytes: int
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None): ...
@@ -36,7 +38,7 @@ class Norm:
         self.weight, self.bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True)
@@ -54,44 +56,60 @@ class Kernels:
     rows: int | None = None
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What an engine returns, packed. last_MD: of the picked tokens, or of all N. states_ND: the embeddings and each
+    layer's output, if asked for. maps_BHTT: one a layer, if asked for, zeros at padding."""
+
+    last_MD: Tensor
+    states_ND: list[Tensor] | None = None
+    maps_BHTT: list[Tensor] | None = None
+
+
 class FastLayer:
     """One BertLayer: four matrix products, each with what follows it fused in, two norms, one attention."""
 
     def __init__(self, layer: BertLayer, kernels: Kernels):
-        def join(linear: type[Linear], *modules: nn.Linear, activation: nn.Module | None = None) -> Linear:
-            weight = torch.cat([module.weight.detach() for module in modules]).to(kernels.dtype)
-            bias = torch.cat([module.bias.detach() for module in modules]).to(kernels.dtype)
-            return linear(weight, bias, activation)
-
         attention, own = layer.attention, layer.attention.self
-        self.heads = own.query.out_features // own.attention_head_size
-        if kernels.linear is kernels.careful:
-            self.inputs = [join(kernels.linear, own.query, own.key, own.value)]
-        else:
-            self.inputs = [join(kernels.linear, own.query, own.key), join(kernels.careful, own.value)]
-        self.projection = join(kernels.linear, attention.output.dense)
+        K = own.attention_head_size
+        self.width = own.query.out_features
+        self.heads = self.width // K
+        if kernels.linear.copies:  # the query's weight takes the attention's scale in
+            self.scale = 1.0
+            query = own.query.weight.detach() * K**-0.5, own.query.bias.detach() * K**-0.5
+            key, value = ((part.weight.detach(), part.bias.detach()) for part in (own.key, own.value))
+            parts = [(query, key, value)] if kernels.linear is kernels.careful else [(query, key), (value,)]
+            joined = [tuple(map(torch.cat, zip(*part, strict=True))) for part in parts]
+            kinds = [kernels.linear, kernels.careful]
+            self.inputs = [
+                linear(weight.to(kernels.dtype), bias.to(kernels.dtype))
+                for linear, (weight, bias) in zip(kinds, joined, strict=False)
+            ]
+        else:  # nor are the parameters joined: that would be a second copy of them
+            self.scale = K**-0.5
+            self.inputs = [_linear(kernels.linear, part, kernels) for part in (own.query, own.key, own.value)]
+        self.projection = _linear(kernels.linear, attention.output.dense, kernels)
         self.attention_norm = Norm(attention.output.LayerNorm, kernels.dtype)
         activation = layer.intermediate.intermediate_act_fn
-        self.up = join(kernels.linear, layer.intermediate.dense, activation=activation)
+        self.up = _linear(kernels.linear, layer.intermediate.dense, kernels, activation)
         down = kernels.after_gelu if activation.name in GELUS else kernels.linear
-        self.down = join(down, layer.output.dense)
+        self.down = _linear(down, layer.output.dense, kernels)
         self.norm = Norm(layer.output.LayerNorm, kernels.dtype)
         self.rows, self.attention_dtype = kernels.rows, kernels.attention
 
     @property
-    def nbytes(self) -> int:
-        return sum(linear.nbytes for linear in (*self.inputs, self.projection, self.up, self.down))
+    def linears(self) -> list[Linear]:
+        return [*self.inputs, self.projection, self.up, self.down]
 
     def __call__(
         self, x_ND: Tensor, packing: Packing, picked: Picked | None = None, maps_BHTT: Tensor | None = None
     ) -> Tensor:
         """(N, D) -> (N, D), or (M, D) for the M picked tokens."""
-        D = x_ND.shape[1]
         parts = (linear(x_ND, self.attention_dtype) for linear in self.inputs)
-        query, key, value = (part for joined in parts for part in joined.split(D, 1))
+        query, key, value = (part for joined in parts for part in joined.split(self.width, 1))
         if picked is not None:
             query, x_ND = query.index_select(0, picked.index), x_ND.index_select(0, picked.index)
-        context = attend(query, key, value, packing, self.heads, picked, maps_BHTT)
+        context = attend(query, key, value, packing, self.heads, self.scale, picked, maps_BHTT)
         y_MD = self.attention_norm(self.projection.add(context, x_ND))
         if self.rows is None or len(y_MD) <= self.rows:
             return self.feed_forward(y_MD)
@@ -101,47 +119,84 @@ class FastLayer:
         return self.norm(self.down.add(self.up(x_MD), x_MD))
 
 
-class CpuEncoder:
-    """The embeddings and layers of a BertModel."""
+class VocabularyHead:
+    """The masked-language-model head on packed tokens: (M, D) -> (M, V)."""
 
-    def __init__(self, model: BertModel, kernels: Kernels):
-        self.dtype = kernels.dtype
-        self.embeddings = model.embeddings
-        self.layers = [FastLayer(layer, kernels) for layer in model.encoder.layer]
+    def __init__(self, head: nn.Module, kernels: Kernels):
+        self.transform = _linear(kernels.careful, head.transform.dense, kernels, head.transform.transform_act_fn)
+        self.norm = Norm(head.transform.LayerNorm, kernels.dtype)
+        self.decoder = _linear(kernels.careful, head.decoder, kernels)
 
     @property
-    def nbytes(self) -> int:
-        """Memory of the weights' second copy."""
-        return sum(layer.nbytes for layer in self.layers)
+    def linears(self) -> list[Linear]:
+        return [self.transform, self.decoder]
 
-    def embed(
-        self,
-        packing: Packing,
-        input_ids: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> Tensor:
+    def __call__(self, x_MD: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.transform(x_MD)))
+
+
+class CpuEngine:
+    """Computes batches for a BertModel and, if there is one, a head of masked words."""
+
+    def __init__(self, model: BertModel, head: nn.Module | None, kernels: Kernels):
+        self.dtype, self.kernels = kernels.dtype, kernels
+        self.embeddings = model.embeddings
+        self.compiled: Callable[[Batch], Tensor] | None = None  # all of `encode` in one call, see compiled.py
+        self.layers = [FastLayer(layer, kernels) for layer in model.encoder.layer]
+        self.head = None if head is None else VocabularyHead(head, kernels)
+        own = {parameter.data_ptr() for parameter in model.parameters()}
+        if head is not None:
+            own |= {parameter.data_ptr() for parameter in head.parameters()}
+        self.nbytes = sum(_nbytes(linear, own) for layer in self.layers for linear in layer.linears)
+        self.nbytes += 0 if self.head is None else sum(_nbytes(linear, own) for linear in self.head.linears)
+
+    def to_host(self, x: Tensor | None) -> Tensor | None:
+        return x
+
+    def to_device(self, x: Tensor | None) -> Tensor | None:
+        return x
+
+    def embed(self, batch: Batch) -> Tensor:
         """The sums of BertEmbeddings, in its order, for the computed tokens only: (N, D)."""
-        tables, pack = self.embeddings, packing.pack
-        x_ND = tables.word_embeddings(pack(input_ids)) if inputs_embeds is None else pack(inputs_embeds)
-        if position_ids is None:
-            position_ids = torch.arange(packing.shape[1])[None]
-        segments = tables.token_type_embeddings
-        x_ND = x_ND + (segments.weight[0] if token_type_ids is None else segments(pack(token_type_ids)))
-        return tables.LayerNorm(x_ND + tables.position_embeddings(pack(position_ids))).to(self.dtype)
+        tables, ids_3N = self.embeddings, batch.ids_3N
+        words = tables.word_embeddings.weight
+        x_ND = functional.embedding(ids_3N[0], words) if batch.embeds_ND is None else batch.embeds_ND
+        x_ND = x_ND + functional.embedding(ids_3N[1], tables.token_type_embeddings.weight)
+        x_ND = x_ND + functional.embedding(ids_3N[2], tables.position_embeddings.weight)
+        norm = tables.LayerNorm
+        return functional.layer_norm(x_ND, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(self.dtype)
 
-    def encode(
-        self, x_ND: Tensor, packing: Packing, picked: Picked | None = None, maps: list[Tensor] | None = None
-    ) -> Iterator[Tensor]:
-        """All hidden states, the embeddings first; of the last one only the picked tokens, (M, D).
+    def encode(self, batch: Batch, with_states: bool = False, with_maps: bool = False) -> Encoded:
+        """All layers. States and maps are kept only if asked for."""
+        picked = batch.picked
+        simple = not (with_states or with_maps or batch.packing.masks or batch.embeds_ND is not None)
+        if self.compiled is not None and simple:
+            return Encoded(self.compiled(batch))
+        x_ND = self.embed(batch)
+        states = [x_ND] if with_states else None
+        maps: list[Tensor] | None = [] if with_maps else None
+        for number, layer in enumerate(self.layers, 1):
+            # Without states and maps, which are of all tokens, the last layer computes what is wanted
+            wanted = picked if number == len(self.layers) and not with_states and not with_maps else None
+            if maps is not None:
+                B, T = batch.packing.shape
+                maps.append(x_ND.new_zeros(B, layer.heads, T, T))
+            x_ND = layer(x_ND, batch.packing, wanted, None if maps is None else maps[-1])
+            if states is not None:
+                states.append(x_ND)
+        if picked is not None and (with_states or with_maps or not self.layers):
+            x_ND = x_ND.index_select(0, picked.index)
+        return Encoded(x_ND, states, maps)
 
-        One by one, for the caller to keep or to drop: dropped ones give their memory, still in the cache, to the next.
-        maps: one (B, H, T, T) of zeros a layer, to be filled with attention probabilities.
-        """
-        yield x_ND
-        last = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
-            wanted = picked if number == last else None
-            x_ND = layer(x_ND, packing, wanted, None if maps is None else maps[number])
-            yield x_ND
+    def words(self, x_MD: Tensor) -> Tensor:
+        """The head of masked words, (M, D) -> (M, V)."""
+        return self.head(x_MD)
+
+
+def _linear(kind: type[Linear], module: nn.Linear, kernels: Kernels, activation: nn.Module | None = None) -> Linear:
+    return kind(module.weight.detach().to(kernels.dtype), module.bias.detach().to(kernels.dtype), activation)
+
+
+def _nbytes(linear: Linear, own: set[int]) -> int:
+    """Memory of a layer's weight beside the model's: of a copy, or of one that was cast."""
+    return linear.nbytes if linear.copies or linear.weight.data_ptr() not in own else 0

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # hidden_act -> oneDNN's post-op and algorithm; other activations run as a step of their own
-_POST_OPS = {
+POST_OPS = {
     "gelu": ("gelu", "none"),
     "gelu_python": ("gelu", "none"),
     "gelu_new": ("gelu", "tanh"),
@@ -29,11 +29,13 @@ _POST_OPS = {
 
 
 class PlainLinear:
-    """The same three calls on torch's Linear, for CPUs and dtypes that oneDNN does not serve."""
+    """The same two calls on torch's Linear, for CPUs and dtypes that oneDNN does not serve."""
+
+    copies = False
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None):
         self.weight, self.bias, self.activation = weight, bias, activation
-        self.nbytes = 0  # the model's own parameters, unless joined or cast by the caller
+        self.nbytes = weight.numel() * weight.element_size()
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -47,10 +49,12 @@ class PlainLinear:
 class PrepackedLinear:
     """y = activation(x W^T + b), or x W^T + b + residual, for x (N, in)."""
 
+    copies = True
+
     def __init__(self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None):
         name = "" if activation is None else activation.name
-        self.post_op, self.algorithm = _POST_OPS.get(name, ("none", ""))
-        self.activation: Callable[[Tensor], Tensor] | None = None if name in _POST_OPS else activation
+        self.post_op, self.algorithm = POST_OPS.get(name, ("none", ""))
+        self.activation: Callable[[Tensor], Tensor] | None = None if name in POST_OPS else activation
         # The layout is chosen for a row count; what suits 256 rows is within 3% of the best from 16 to 2048
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 256)
         self.bias = bias.detach()

@@ -1,66 +1,81 @@
-"""OptimizedModel: any minibert model's call and outputs, computed by an encoder of the fast path."""
+"""OptimizedModel: any minibert model's call and outputs, computed by an engine of the fast path."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from itertools import accumulate
-from types import MethodType
-from typing import Any, NoReturn
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from minibert.base import BertPreTrainedModel
-from minibert.fast.encoder import CpuEncoder, Kernels, Norm
-from minibert.fast.padding import Packing, Picked, packing, pad
-from minibert.fast.plan import Plan
-from minibert.heads import BertForMultipleChoice, BertForNextSentencePrediction, BertForSequenceClassification
-from minibert.inputs import check_inputs
+from minibert.fast.encoder import Encoded
+from minibert.fast.exact import Held
+from minibert.fast.padding import Batch, Packing, Picked, pack_ids, pack_rows, packing, pad
+from minibert.heads import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from minibert.inputs import IGNORED, check_ids, check_inputs, input_shape, is_recorded
 from minibert.model import BertModel
-from minibert.outputs import BaseModelOutput
+from minibert.outputs import BaseModelOutput, ModelOutput
 
 # Models whose only use of the last layer is the first token of each text
 POOLED_ONLY = (BertForMultipleChoice, BertForNextSentencePrediction, BertForSequenceClassification)
+TOKEN_LABELS = (BertForMaskedLM, BertForPreTraining, BertForTokenClassification)  # models whose labels are (B, T)
+LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 
-class FastVocabularyHead:
-    """The masked-language-model head on packed tokens: (N, D) -> (N, V)."""
+class Engine(Protocol):
+    """What computes, on one kind of device. Batches are planned on the host and hold no padding."""
 
-    def __init__(self, head: nn.Module, kernels: Kernels):
-        dense, decoder, linear, dtype = head.transform.dense, head.decoder, kernels.careful, kernels.dtype
-        self.transform = linear(dense.weight.to(dtype), dense.bias.to(dtype), head.transform.transform_act_fn)
-        self.norm = Norm(head.transform.LayerNorm, dtype)
-        self.decoder = linear(decoder.weight.to(dtype), decoder.bias.to(dtype))
+    dtype: torch.dtype  # of what it returns
+    nbytes: int  # memory of the weights' second copy
 
-    @property
-    def nbytes(self) -> int:
-        return self.transform.nbytes + self.decoder.nbytes
+    def to_host(self, x: Tensor | None) -> Tensor | None: ...
+    def to_device(self, x: Tensor | None) -> Tensor | None: ...
+    def encode(self, batch: Batch, with_states: bool = False, with_maps: bool = False) -> Encoded: ...
+    def words(self, x_MD: Tensor) -> Tensor: ...
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        return self.decoder(self.norm(self.transform(x_ND)))
+
+class Plan(Protocol):
+    """What was decided: picklable, so that a copy of the model decides nothing anew."""
+
+    dtype: str
+    receipts: tuple[str, ...]
+
+    def build(self, model: BertPreTrainedModel) -> OptimizedModel: ...
 
 
 class OptimizedModel(nn.Module):
     """Made by `optimize`. For inference only; gives the outputs of `model`, whose parameters it shares.
 
     Three additions to the call: `input_ids` may be lists of ids, one a text; padding is not computed, outputs there
-    are zeros; and `positions`, boolean (B, T), asks for those tokens alone: `last_hidden_state` is then (M, D) and
-    token logits (M, ...), in reading order. All False leaves only what the first tokens give, as `pooler_output`.
+    are zeros (but for losses and answers' positions, which may depend on padding: see `forward`); and `positions`,
+    boolean (B, T), asks for those tokens alone: `last_hidden_state` is then (M, D) and token logits (M, ...), in
+    reading order. All False leaves only what the first tokens give, as `pooler_output`.
+
+    What records a call instead of running it (torch.jit.trace, torch.compile, torch.export) records the plain model.
     """
 
-    def __init__(
-        self, model: BertPreTrainedModel, encoder: CpuEncoder, vocabulary_head: FastVocabularyHead | None, plan: Plan
-    ):
+    def __init__(self, model: BertPreTrainedModel, engine: Engine, plan: Plan, notes: tuple[str, ...] = ()):
         super().__init__()
         # Not a submodule: .to(), .train() and state_dict() belong to the plain model
         object.__setattr__(self, "model", model)
-        self.encoder, self.vocabulary_head, self.plan = encoder, vocabulary_head, plan
         object.__setattr__(self, "pooler", model.base_model.pooler)
+        self.engine, self.plan, self.notes = engine, plan, notes  # notes: receipts of what was built
         self.eval()
-        # Training changes parameters in place and counts it here. (Inference tensors keep no count.)
-        self._parameters_seen = [p for p in model.parameters() if not p.is_inference()]
-        self._versions_seen = self._versions()
+        self._held = Held(model)
+        self._signature = inspect.signature(model.forward)
 
     @property
     def config(self) -> Any:
@@ -77,39 +92,55 @@ class OptimizedModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, input_ids: Any = None, *args: Any, positions: Tensor | None = None, **kwargs: Any) -> Any:
-        """Arguments and outputs as the plain model's, errors too. See the class for `positions` and lists of ids.
+        """Arguments and outputs as the plain model's, errors too, whatever autocast surrounds the call.
 
-        Raises RuntimeError if the plain model's parameters were changed after `optimize`.
+        With start_positions or end_positions, with labels at padding, and for the logits of answers, padding is
+        computed as the plain model does. See the class for `positions` and lists of ids.
+
+        Raises RuntimeError if the plain model was changed after `optimize`.
         """
-        if self._versions() != self._versions_seen:
-            raise RuntimeError("the model's parameters changed after optimize: optimize it again")
-        kwargs = inspect.signature(self.model.forward).bind_partial(input_ids, *args, **kwargs).arguments
-        input_ids = kwargs.pop("input_ids")
-        if isinstance(input_ids, Sequence):
-            if kwargs.get("attention_mask") is not None:
+        self.check_unchanged()
+        given = self._signature.bind_partial(input_ids, *args, **kwargs).arguments
+        if isinstance(given["input_ids"], Sequence):
+            if given.get("attention_mask") is not None:
                 raise ValueError("attention_mask: input_ids given as lists have no padding to mask")
-            input_ids, kwargs["attention_mask"] = pad(input_ids, self.config.pad_token_id or 0)
-        if positions is not None:
-            self._check_positions(kwargs)
-        call = self._call(positions)
-        if isinstance(self.model, BertModel):
-            return call.bert(input_ids, **kwargs)
-        # The head's own forward, with a stand-in for the model: its checks, its losses, its output record
-        return type(self.model).forward(call, input_ids, **kwargs)
+            given["input_ids"], given["attention_mask"] = pad(input_ids, self.config.pad_token_id or 0)
+        ids = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        if isinstance(ids, Tensor) and _holds_no_values(ids):
+            return self._recorded(given, positions)
+        with _without_autocast(self.device):
+            return self._computed(given, positions)
 
-    def _call(self, positions: Tensor | None) -> _Call:
-        return _Call(self, positions)
+    def encode_rows(
+        self, rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None, first_only: bool = False
+    ) -> tuple[Tensor, list[int]]:
+        """Lists of ids, one a text, to last hidden states (N, D) one text after another, and the texts' lengths.
 
-    def _check_positions(self, arguments: dict[str, Any]) -> None:
-        if isinstance(self.model, POOLED_ONLY):
-            raise ValueError(f"positions: {type(self.model).__name__} gives nothing for single tokens")
-        for name in ("labels", "start_positions", "end_positions"):
-            if arguments.get(name) is not None:
-                raise ValueError(f"positions: with {name}, outputs are needed at every token")
+        No padding is made. segments: a list as long for each text. first_only: states of the first tokens, (B, D).
+        Raises ValueError as `forward`.
+        """
+        self.check_unchanged()
+        batch = pack_rows(rows, segments)
+        self._check_ids(batch)
+        if first_only:
+            batch = replace(batch, picked=_first_tokens(batch.packing))
+        with torch.no_grad(), _without_autocast(self.device):
+            last = self.engine.encode(batch).last_MD
+        return last.to(self.dtype), batch.packing.lengths
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if the plain model is not what it was: its weights are held here in another layout."""
+        change = self._held.change()
+        if change:
+            raise RuntimeError(f"{change} after optimize: optimize it again")
+
+    def is_current(self) -> bool:
+        """Whether the plain model is what it was."""
+        return not self._held.change()
 
     def explain(self) -> str:
         """What was chosen, and on what evidence."""
-        return self.plan.explain()
+        return "\n".join((*self.plan.receipts, *self.notes))
 
     def extra_repr(self) -> str:
         return f"{type(self.model).__name__}, {self.plan}"
@@ -123,106 +154,148 @@ class OptimizedModel(nn.Module):
         raise RuntimeError("an optimized model stays as it is: move or cast the plain model (.model), then optimize it")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from minibert.fast import optimize  # imports this module
+        # What is laid out for kernels cannot be copied, but laid out again. Without a compiled pass, none is made
+        return _rebuilt, (self.model, replace(self.plan, compile=self.plan.compile and None))
 
-        return optimize, (self.model, self.plan.dtype)  # prepacked weights cannot be pickled or copied: pack again
+    # One call
 
-    def _versions(self) -> list[int]:
-        return [parameter._version for parameter in self._parameters_seen]
+    def _recorded(self, given: dict[str, Any], positions: Tensor | None) -> Any:
+        if positions is not None:
+            raise ValueError("positions: a recorded call cannot depend on which they are; leave them out")
+        return self.model(**given)
 
+    def _computed(self, given: dict[str, Any], positions: Tensor | None) -> Any:
+        labels = {name: given[name] for name in LABELS if given.get(name) is not None}
+        shape = self._check_labels(given, labels, positions)
+        inputs = [given.get(name) for name in INPUTS]
+        if isinstance(self.model, BertForMultipleChoice):
+            inputs = [None if x is None else x.flatten(0, 1) for x in inputs]  # (B, C, ...) -> (B * C, ...)
+            labels["choices"] = shape[1]
+        wants = [getattr(self.config, name) if given.get(name) is None else given[name]
+                 for name in ("output_hidden_states", "output_attentions")]  # fmt: skip
+        plan, batch, encoded = self._encoded(inputs, positions, labels, *wants)
+        output = self._outputs(plan, encoded, batch.picked, positions, labels)
+        return self.model.finish(output, given.get("return_dict"))
 
-class _Call:
-    """Stands in for the plain model in one run of its own forward: the parts that cost are computed on packed tokens.
+    def _check_labels(
+        self, given: dict[str, Any], labels: dict[str, Tensor], positions: Tensor | None
+    ) -> tuple[int, ...]:
+        """Raise ValueError as the plain model does; returns (B, T), or (B, C, T)."""
+        plain, ids, embeds = self.model, given["input_ids"], given.get("inputs_embeds")
+        if positions is not None:
+            if isinstance(plain, POOLED_ONLY):
+                raise ValueError(f"positions: {type(plain).__name__} gives nothing for single tokens")
+            for name in labels:
+                if name != "next_sentence_label":
+                    raise ValueError(f"positions: with {name}, outputs are needed at every token")
+        shape = input_shape(ids, embeds, ndim=3 if isinstance(plain, BertForMultipleChoice) else 2)
+        if isinstance(plain, BertForMultipleChoice):
+            check_ids("labels", labels.get("labels"), [shape[:1]], shape[1], IGNORED)
+        elif isinstance(plain, BertForQuestionAnswering):
+            for name in ("start_positions", "end_positions"):
+                check_ids(name, labels.get(name), [(shape[0],), (shape[0], 1)], 2**31)
+        elif isinstance(plain, BertForPreTraining):
+            check_ids("labels", labels.get("labels"), [tuple(shape)], self.config.vocab_size, IGNORED)
+            check_ids(
+                "next_sentence_label", labels.get("next_sentence_label"), [(shape[0],), (shape[0], 1)], 2, IGNORED
+            )
+        elif not isinstance(plain, BertModel):
+            plain._check_labels(labels.get("labels"), *shape)
+        return shape
 
-    `bert` returns packed tokens, the head modules below take them and return the padded tensors that forward expects.
-    """
-
-    def __init__(self, fast: OptimizedModel, positions: Tensor | None):
-        self.fast, self.positions = fast, positions
-        self.packing: Packing | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self.fast.model, name)
-        return MethodType(found.__func__, self) if isinstance(found, MethodType) else found
-
-    def dropout(self, x: Tensor) -> Tensor:
-        return x
-
-    def bert(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutput | tuple[Any, ...]:
-        """BertModel.forward. The last hidden state stays packed, except for a bare BertModel."""
-        config, encoder = self.config, self.fast.encoder
-        check_inputs(config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        with_maps = config.output_attentions if output_attentions is None else output_attentions
-        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        B, T = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        plan = self.packing = packing(attention_mask, B, T, encoder.dtype)
-        wanted = self._wanted(B, T)
+    def _encoded(
+        self, inputs: list[Any], positions: Tensor | None, labels: dict[str, Tensor], states: bool, maps: bool
+    ) -> tuple[Packing, Batch, Encoded]:
+        engine = self.engine
+        ids, mask, segments, places, positions = map(engine.to_host, (*inputs[:4], positions))
+        embeds = inputs[4]
+        check_inputs(self.config, ids, mask, segments, places, embeds)
+        B, T = (ids if embeds is None else embeds).shape[:2]
+        plan = packing(mask, B, T, engine.dtype, self._needs_padding(mask, labels))
+        wanted = self._wanted(positions, B, T)
         picked = None if wanted is None else plan.pick(wanted)
-        x_ND = encoder.embed(plan, input_ids, token_type_ids, position_ids, inputs_embeds)
-        maps = None
-        if with_maps:
-            maps = [x_ND.new_zeros(B, config.num_attention_heads, T, T) for _ in range(config.num_hidden_layers)]
-        whole = with_states or with_maps
-        states: list[Tensor] = []
-        for state in encoder.encode(x_ND, plan, None if whole else picked, maps):
-            states = [*states, state] if with_states else [state]
-        last = states[-1].index_select(0, picked.index) if whole and picked is not None else states[-1]
-        pooled = None if self.fast.pooler is None else self._pooled(last, plan, picked)
-        if self.positions is not None:
-            last = last[plan.pack(self.positions).index_select(0, picked.index)]  # without added first tokens
-        if isinstance(self.fast.model, BertModel):
-            last = self._as_asked(last)
-        all_states = tuple(self._padded(state) for state in states) if with_states else None
-        output = BaseModelOutput(last, pooled, all_states, None if maps is None else tuple(maps))
-        return self.finish(output, return_dict)
+        moved = replace(plan, index=engine.to_device(plan.index))
+        embeds = None if embeds is None else moved.pack(engine.to_device(embeds))
+        batch = Batch(plan, pack_ids(plan, ids, segments, places), embeds, picked)
+        return moved, batch, engine.encode(batch, states, maps)
 
-    def cls(self, x: Tensor, pooled: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The heads of masked words (x is packed tokens), of the next sentence (x is pooled), or both."""
-        if self.fast.vocabulary_head is None:
-            return self.fast.model.cls(x)
-        words = self._as_asked(self.fast.vocabulary_head(x))
-        return words if pooled is None else (words, self.fast.model.cls.seq_relationship(pooled))
+    def _needs_padding(self, mask: Tensor | None, labels: dict[str, Any]) -> bool:
+        """Whether something is asked for that depends on what the model gives at padding."""
+        if mask is None or mask.ndim > 2:
+            return False
+        if isinstance(self.model, BertForQuestionAnswering):
+            return True  # logits compete with those at padding
+        if not isinstance(self.model, TOKEN_LABELS) or "labels" not in labels:
+            return False
+        return bool((self.engine.to_host(labels["labels"])[~mask.bool()] != IGNORED).any())
 
-    def classifier(self, x: Tensor) -> Tensor:
-        logits = self.fast.model.classifier(x.to(self.fast.dtype))
-        return logits if self.fast.pooler is not None else self._as_asked(logits)
-
-    def qa_outputs(self, x_ND: Tensor) -> Tensor:
-        return self._as_asked(self.fast.model.qa_outputs(x_ND.to(self.fast.dtype)))
-
-    def _wanted(self, B: int, T: int) -> Tensor | None:
+    def _wanted(self, positions: Tensor | None, B: int, T: int) -> Tensor | None:
         """Which tokens the last layer must give, (B, T); None for all."""
-        pooled_only = isinstance(self.fast.model, POOLED_ONLY)
-        if self.positions is None and not pooled_only:
+        if positions is None and not isinstance(self.model, POOLED_ONLY):
             return None
-        wanted = torch.zeros(B, T, dtype=torch.bool) if self.positions is None else self.positions
+        wanted = torch.zeros(B, T, dtype=torch.bool) if positions is None else positions
         if not isinstance(wanted, Tensor) or wanted.dtype != torch.bool or wanted.shape != (B, T):
             got = f"{wanted.dtype} {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else type(wanted).__name__
             raise ValueError(f"positions must be a boolean tensor of shape {(B, T)}, got {got}")
-        if self.fast.pooler is None:
+        if self.pooler is None:
             return wanted
         wanted = wanted.clone()
         wanted[:, 0] = True
         return wanted
 
-    def _pooled(self, last_MD: Tensor, plan: Packing, picked: Picked | None) -> Tensor:
-        lengths = plan.lengths if picked is None else [len(tokens) for tokens in picked.per_row]
-        first_BD = last_MD.index_select(0, torch.tensor([0, *accumulate(lengths[:-1])]))
-        return self.fast.pooler(first_BD.to(self.fast.dtype)[:, None])  # (B, 1, D) -> (B, D)
+    def _outputs(
+        self, plan: Packing, encoded: Encoded, picked: Picked | None, positions: Tensor | None, labels: dict[str, Any]
+    ) -> ModelOutput:
+        """The plain model's record: its head on the packed states, its losses."""
+        engine, last_MD = self.engine, encoded.last_MD
 
-    def _padded(self, x_N: Tensor) -> Tensor:
-        return self.packing.unpack(x_N.to(self.fast.dtype))
+        def padded(x_N: Tensor) -> Tensor:
+            return plan.unpack(x_N.to(self.dtype))
 
-    def _as_asked(self, x_N: Tensor) -> Tensor:
-        """Padded, (B, T, ...); or the positions alone, (M, ...)."""
-        return self._padded(x_N) if self.positions is None else x_N.to(self.fast.dtype)
+        pooled = None
+        if self.pooler is not None:
+            lengths = plan.lengths if picked is None else picked.lengths
+            firsts = engine.to_device(Packing((len(lengths), 0), None, lengths, {}).firsts)
+            pooled = self.pooler(last_MD.index_select(0, firsts).to(self.dtype)[:, None])  # (B, 1, D) -> (B, D)
+        if positions is not None and self.pooler is not None:  # without the first tokens that nobody asked for
+            asked = plan.pack(engine.to_device(positions)).index_select(0, engine.to_device(picked.index))
+            last_MD = last_MD[asked]
+        packed_only = positions is not None or isinstance(self.model, POOLED_ONLY)
+        shaped = (lambda x: x.to(self.dtype)) if packed_only else padded
+        states = None if encoded.states_ND is None else tuple(map(padded, encoded.states_ND))
+        maps = None if encoded.maps_BHTT is None else tuple(x.to(self.dtype) for x in encoded.maps_BHTT)
+        if isinstance(self.model, (BertForMaskedLM, BertForPreTraining)):
+            name = "logits" if isinstance(self.model, BertForMaskedLM) else "words"
+            labels[name] = shaped(engine.words(last_MD))
+        output = BaseModelOutput(shaped(last_MD), pooled, states, maps)
+        labels = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in labels.items()}
+        return output if isinstance(self.model, BertModel) else self.model.outputs(output, **labels)
+
+    def _check_ids(self, batch: Batch) -> None:
+        T = batch.packing.shape[1]
+        if T > self.config.max_position_embeddings:
+            raise ValueError(f"rows: one of {T} tokens, max_position_embeddings allows "
+                             f"{self.config.max_position_embeddings}")  # fmt: skip
+        N = batch.ids_3N.shape[1]
+        check_ids("rows", batch.ids_3N[0], [(N,)], self.config.vocab_size)
+        check_ids("segments", batch.ids_3N[1], [(N,)], self.config.type_vocab_size)
+
+
+def _holds_no_values(x: Tensor) -> bool:
+    """Whether a batch cannot be planned by what it holds: the call is recorded, or the tensor is a fake or meta one."""
+    return is_recorded(x) or x.is_meta or type(x) not in (Tensor, nn.Parameter)
+
+
+def _first_tokens(plan: Packing) -> Picked:
+    return Picked(plan.firsts, [torch.zeros(1, dtype=torch.long)] * len(plan.lengths))
+
+
+def _rebuilt(model: BertPreTrainedModel, plan: Plan) -> OptimizedModel:
+    return plan.build(model)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """The dtype was chosen by `optimize`. Entering the context costs some microseconds, so only where one is on."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

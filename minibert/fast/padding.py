@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -17,6 +19,11 @@ class Picked:
 
     index: Tensor
     per_row: list[Tensor]
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens of each row are picked."""
+        return [len(tokens) for tokens in self.per_row]
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,15 @@ class Packing:
     lengths: list[int]
     masks: dict[int, Tensor]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """N."""
         return sum(self.lengths)
+
+    @property
+    def firsts(self) -> Tensor:
+        """The place of each row's first token among the N, (B,)."""
+        return torch.tensor([0, *accumulate(self.lengths[:-1])])
 
     def columns(self, row: int) -> Tensor:
         """Which of the T columns the computed tokens of a row come from."""
@@ -67,32 +79,103 @@ class Packing:
         return Picked(kept.nonzero().squeeze(1), [part.nonzero().squeeze(1) for part in kept.split(self.lengths)])
 
 
-def packing(attention_mask: Tensor | None, B: int, T: int, dtype: torch.dtype) -> Packing:
+@dataclass(frozen=True)
+class Batch:
+    """What an engine computes: N packed tokens, by word, segment and position (3, N), or with embeddings for words.
+
+    picked: the tokens whose last hidden state is wanted, None for all.
+    """
+
+    packing: Packing
+    ids_3N: Tensor
+    embeds_ND: Tensor | None = None
+    picked: Picked | None = None
+
+
+def packing(attention_mask: Tensor | None, B: int, T: int, dtype: torch.dtype, whole: bool = False) -> Packing:
     """Plan a batch: padding is dropped where nothing can depend on it, which is wherever a row's first token is real.
 
     Other rows (padded on the left, or masked altogether) are computed whole, because the pooler reads their first
-    token; so are batches whose mask says who attends to whom.
+    token; so are batches whose mask says who attends to whom, and all rows if `whole` asks for what padding holds.
     """
     mask = kernel_mask(attention_mask, dtype)
     if mask is None:
         return Packing((B, T), None, [T] * B, {})
-    if attention_mask.ndim > 2:
+    if whole or attention_mask.ndim > 2:
         return Packing((B, T), None, [T] * B, dict(enumerate(mask.expand(B, *mask.shape[1:]))))
     keep = attention_mask.bool()
-    whole = ~keep[:, 0]
-    masks = {row: mask[row] for row in whole.nonzero().squeeze(1).tolist()}
-    keep = keep | whole[:, None]
+    beheaded = ~keep[:, 0]
+    masks = {row: mask[row] for row in beheaded.nonzero().squeeze(1).tolist()}
+    keep = keep | beheaded[:, None]
     return Packing((B, T), keep.flatten().nonzero().squeeze(1), keep.sum(1).tolist(), masks)
 
 
-def pad(ids: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Lists of ids, one a text, to input_ids and attention_mask (B, T)."""
-    if not len(ids):
-        raise ValueError("input_ids is an empty list: give at least one text")
-    rows = [torch.as_tensor(row) for row in ids]
+def pack_ids(plan: Packing, words: Tensor | None, segments: Tensor | None, positions: Tensor | None) -> Tensor:
+    """(3, N): word (0 if embeddings are given instead), segment and position of each computed token."""
+    ids_3N = torch.zeros(3, plan.tokens, dtype=torch.long)
+    if words is not None:
+        ids_3N[0] = plan.pack(words)
+    if segments is not None:
+        ids_3N[1] = plan.pack(segments)
+    ids_3N[2] = plan.pack(torch.arange(plan.shape[1])[None] if positions is None else positions)
+    return ids_3N
+
+
+def pack_rows(rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None) -> Batch:
+    """Lists of ids, one a text, as they are: no padding is made to be taken out again.
+
+    Raises ValueError for what is no list of ids, or for segments of other lengths.
+    """
+    words = _flat("rows", rows)
+    lengths = list(map(len, rows))
+    T, N = max(lengths), sum(lengths)
+    ids_3N = torch.zeros(3, N, dtype=torch.long)
+    ids_3N[0] = words
+    if segments is not None:
+        kinds = _flat("segments", segments)
+        if list(map(len, segments)) != lengths:
+            raise ValueError("segments must be as long as rows, one number a token")
+        ids_3N[1] = kinds
+    if len(rows) == 1:
+        ids_3N[2] = torch.arange(N)
+        return Batch(Packing((1, T), None, lengths, {}), ids_3N)
+    sizes = torch.tensor(lengths)
+    keep = torch.arange(T)[None] < sizes[:, None]  # (B, T)
+    index = keep.flatten().nonzero().squeeze(1)
+    ids_3N[2] = index % T
+    return Batch(Packing((len(rows), T), None if N == T * len(rows) else index, lengths, {}), ids_3N)
+
+
+def _flat(name: str, rows: Sequence[Sequence[int]]) -> Tensor:
+    """All ids in one row. What they are is asked of all at once, and one by one only where something is wrong."""
+    try:
+        flat = torch.tensor(list(chain.from_iterable(rows)))
+        if len(rows) and flat.dtype == torch.long and all(map(len, rows)):
+            return flat
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    check_rows(name, rows)
+    raise ValueError(f"{name} must be lists of whole numbers, one list a text")
+
+
+def check_rows(name: str, rows: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError unless rows are lists of whole numbers, one a text, none empty."""
+    if not len(rows):
+        raise ValueError(f"{name} is an empty list: give at least one text")
     for number, row in enumerate(rows):
-        if row.ndim != 1 or row.numel() == 0 or row.is_floating_point() or row.dtype == torch.bool:
-            raise ValueError(f"input_ids[{number}] must be a list of at least one id, got {ids[number]!r}")
-    lengths = torch.tensor([len(row) for row in rows])
+        whole = isinstance(row, (Sequence, Tensor)) and not isinstance(row, str) and len(row) > 0
+        if whole and isinstance(row, Tensor):
+            whole = row.ndim == 1 and not row.is_floating_point() and row.dtype != torch.bool
+        elif whole:
+            whole = all(type(item) is int for item in row)
+        if not whole:
+            raise ValueError(f"{name}[{number}] must be a list of at least one id, got {row!r}")
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Lists of ids, one a text, to input_ids and attention_mask (B, T)."""
+    check_rows("input_ids", rows)
+    ids = [torch.as_tensor(row) for row in rows]
+    lengths = torch.tensor([len(row) for row in ids])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # (B, T)
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill), mask.long()
+    return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=fill), mask.long()

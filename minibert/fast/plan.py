@@ -3,46 +3,81 @@
 from __future__ import annotations
 
 import os
-import time
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
+from torch import Tensor
 
 from minibert.base import BertPreTrainedModel
-from minibert.fast.encoder import Kernels, Linear
+from minibert.fast import compiled
+from minibert.fast.encoder import CpuEngine, Kernels, Linear
+from minibert.fast.graph import shape_of
 from minibert.fast.onednn import PlainLinear, PrepackedLinear
-from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
+from minibert.fast.optimized import OptimizedModel
+from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear, weight_levels
+from minibert.fast.race import race, wall_clock
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
 _ROWS = 256  # tokens at once: enough to be bound by arithmetic, few enough to stay in the cache
-_ROUNDS = 7
+_SMALLEST = (384, 1536)  # what is measured is no smaller: threads that wait for each other would tell nothing
 _GAIN = 1.1  # a second copy of the weights must be faster by this much
 _LOSS = 4  # a dtype is refused when slower than float32 by this much, again and again: emulation is far slower still
 _TRIES = 3
 _EMULATED = 20  # and is not even tried in full size when slower by this much in a small one: it could take minutes
-
-Contenders = dict[str, tuple[type[Linear], torch.dtype]]
+# What a product may be off by, in units of its largest value
+_ALLOWED = {"plain": 0.0, "float32": 1e-4, "bfloat16": 0.03, "float16": 0.01, "int8": 0.1}
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Plan:
-    """dtype: what products are computed in, "int8" too. receipts: what was decided, and on what evidence."""
+class CpuPlan:
+    """dtype: what products are computed in, "int8" too. compile: run a compiled pass, True: and make it if there is
+    none, None: if there is one. receipts: what was decided, and on what evidence."""
 
     dtype: str
     kernels: Kernels
     receipts: tuple[str, ...]
+    compile: bool | None = False
 
-    def explain(self) -> str:
-        return "\n".join(self.receipts)
+    @torch.no_grad()
+    def build(self, model: BertPreTrainedModel) -> OptimizedModel:
+        """The optimized model."""
+        head = getattr(getattr(model, "cls", None), "predictions", None)
+        engine = CpuEngine(model.base_model, head, self.kernels)
+        memory = f"memory: {engine.nbytes / 2**20:.0f} MiB for the second copy of the weights"
+        return OptimizedModel(model, engine, self, (memory, f"compiled: {self._compiled(model, engine)}"))
 
     def __str__(self) -> str:
         return f"{self.dtype} on {self.kernels.linear.__name__}, {torch.get_num_threads()} threads"
 
+    def _compiled(self, model: BertPreTrainedModel, engine: CpuEngine) -> str:
+        """Give the engine a compiled pass, where there is one to be had, and say so."""
+        if self.compile is False:
+            return "no, as asked"
+        shape = shape_of(model.base_model, self.kernels)
+        if isinstance(shape, str):
+            return f"no, {shape}"
+        try:
+            package = compiled.make(shape, self.receipts) if self.compile else compiled.find(shape)
+        except compiled.CannotCompileError as why:
+            return f"no, {why}"
+        if package is None:
+            seconds, where = compiled.expected_seconds(shape), compiled.directory()
+            return (
+                "no, operation by operation; optimize(model, compile=True) makes it one graph, in about "
+                f"{seconds} s, once for all models of this shape, and keeps it in {where}"
+            )
+        wrong = compiled.attach(engine, package, self.dtype)
+        return f"no, {wrong}" if wrong else f"one graph, made in {package.seconds:.0f} s, from {package.path}"
+
 
 @dataclass(frozen=True)
 class Speeds:
-    """GFLOP/s of one thread by name, "plain" being float32 as torch does it; for what is left out, the obstacle."""
+    """GFLOP/s by name, "plain" being float32 as torch does it; for what is left out, the obstacle."""
 
     measured: dict[str, float]
     obstacles: dict[str, str]
@@ -59,69 +94,101 @@ class Speeds:
         return self.of(name) > _GAIN * self.float32
 
     def receipts(self) -> list[str]:
-        lines = [f"{name}: {speed:.0f} GFLOP/s a thread" for name, speed in self.measured.items()]
+        lines = [f"{name}: {speed:.0f} GFLOP/s" for name, speed in self.measured.items()]
         return lines + [f"{name}: {obstacle}" for name, obstacle in self.obstacles.items()]
 
 
-def race(contenders: Contenders, D: int, F: int, rows: int) -> dict[str, float]:
-    """Speed of each kernel on random numbers in the shape of a feed-forward layer: GFLOP/s, the best of a few rounds.
+def measure(names: list[str], D: int, F: int, attempt: int = 0) -> Speeds:
+    """The speeds of float32 and of the named dtypes on this CPU, in a feed-forward layer's first product.
 
-    In turn, so that whatever else the machine does meets all of them alike, and on one thread: threads that wait for
-    each other on a busy machine make kernels of many steps look emulated.
+    Measured once in a process for each shape and number of threads; another attempt measures again.
     """
+    shape = max(D, _SMALLEST[0]), max(F, _SMALLEST[1])
+    with _lock:
+        return _measured(tuple(names), *shape, torch.get_num_threads(), attempt)
+
+
+@cache
+@torch.no_grad()
+def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int) -> Speeds:
+    kernels: dict[str, tuple[type[Linear], torch.dtype]] = {"plain": (PlainLinear, torch.float32)}
+    obstacles: dict[str, str] = {}
+    for name in ("float32", *names):
+        obstacle = _obstacle(name)
+        if obstacle:
+            obstacles[name] = obstacle
+        elif name == "int8":
+            kernels[name] = (Int8Linear, torch.float32)
+        else:
+            kernels[name] = (PrepackedLinear, getattr(torch, name))
+    small, wrong = _race(kernels, 128, 128, rows=8)
+    for name in [name for name in kernels if name != "plain"]:
+        if name in wrong:
+            obstacles[name] = wrong[name]
+        elif small[name] > _EMULATED * small["plain"]:
+            obstacles[name] = f"emulated, {small[name] / small['plain']:.0f} times slower than float32"
+        else:
+            continue
+        del kernels[name]
+    seconds, wrong = _race(kernels, D, F, _ROWS)
+    return Speeds({name: 2 * _ROWS * D * F / s / 1e9 for name, s in seconds.items()}, obstacles | wrong)
+
+
+def _obstacle(name: str) -> str:
+    """Why this build of torch or this CPU cannot compute in a dtype by oneDNN, or ""."""
+    if not torch.backends.mkldnn.is_available():
+        return "torch is built without oneDNN"
+    try:  # these operations are torch's own affair, and may change or go with any version
+        if name in ("bfloat16", "float16"):
+            short = {"bfloat16": "bf16", "float16": "fp16"}[name]
+            if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported")():
+                return "oneDNN has no kernels for this CPU"
+        if name == "int8" and not weight_levels():
+            return "this CPU's products of bytes saturate"
+    except Exception as failure:
+        return f"not as this version of torch has it ({type(failure).__name__}: {str(failure).splitlines()[0]:.80})"
+    return ""
+
+
+def _race(
+    kernels: dict[str, tuple[type[Linear], torch.dtype]], D: int, F: int, rows: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of each kernel on random numbers, and for the others what is wrong with them."""
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(F, D, generator=generator), torch.randn(rows, D, generator=generator)
-    runs = {name: (linear(weight.to(dtype), torch.zeros(F, dtype=dtype)), x.to(dtype))
-            for name, (linear, dtype) in contenders.items()}  # fmt: skip
-    best, threads = dict.fromkeys(contenders, float("inf")), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(_ROUNDS):
-            for name, (layer, inputs) in runs.items():
-                start = time.perf_counter()
-                layer(inputs)
-                best[name] = min(best[name], time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return {name: 2 * rows * D * F / seconds / 1e9 for name, seconds in best.items()}
+    candidates: dict[str, Callable[[], Tensor]] = {}
+    wrong = {}
+    for name, (linear, dtype) in kernels.items():
+        try:
+            layer = linear(weight.to(dtype), torch.zeros(F, dtype=dtype))
+        except Exception as failure:
+            wrong[name] = f"not as this version of torch has it ({type(failure).__name__})"
+            continue
+        candidates[name] = partial(layer, x.to(dtype))
+    seconds, also = race(candidates, _ALLOWED, wall_clock)
+    return seconds, wrong | also
 
 
-def measure(names: list[str], D: int, F: int) -> Speeds:
-    """The speeds of float32 and of the named dtypes on this CPU."""
-    contenders: Contenders = {"plain": (PlainLinear, torch.float32)}
-    if not torch.backends.mkldnn.is_available():
-        return Speeds(race(contenders, D, F, _ROWS), dict.fromkeys(names, "torch is built without oneDNN"))
-    contenders["float32"] = (PrepackedLinear, torch.float32)
-    has = {
-        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-        "int8": lambda: True,
-    }
-    obstacles = {name: "oneDNN has no kernels for this CPU" for name in names if not has[name]()}
-    for name in names:
-        if name not in obstacles:
-            kernel = (Int8Linear, torch.float32) if name == "int8" else (PrepackedLinear, getattr(torch, name))
-            contenders[name] = kernel
-    small = race(contenders, 128, 128, rows=8)
-    for name in names:
-        if small.get(name, 0.0) * _EMULATED < small["float32"] and name not in obstacles:
-            obstacles[name] = f"emulated, {small['float32'] / small[name]:.0f} times slower than float32"
-            del contenders[name]
-    return Speeds(race(contenders, D, F, _ROWS), obstacles)
-
-
-def cpu_plan(model: BertPreTrainedModel, dtype: str | None) -> Plan:
-    """Decide dtype and kernels. dtype: a name in NAMES, "int8", "auto", or None for the model's own.
+def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None = False) -> CpuPlan:
+    """Decide dtype and kernels. dtype: a name in NAMES, "int8", "auto", or None for the model's own. compile: see
+    CpuPlan; what was compiled before was measured then, and is not measured again.
 
     Raises ValueError, with the measured reason, for a dtype that this CPU computes slowly.
     """
     wanted = NAMES[model.dtype] if dtype is None else dtype
     why = f"the model's own dtype ({wanted})" if dtype is None else "as asked"
     if wanted == "float64":
-        return Plan(wanted, _all(torch.float64, PlainLinear), (_threads(), f"chosen: float64 as torch does it, {why}"))
+        receipts = (_threads(), f"chosen: float64 as torch does it, {why}")
+        return CpuPlan(wanted, _all(torch.float64, PlainLinear), receipts, compile)
+    if compile is not False:
+        for kernels in _compilable(wanted):
+            shape = shape_of(model.base_model, kernels)
+            package = None if isinstance(shape, str) else compiled.find(shape)
+            if package is not None:
+                return CpuPlan(wanted, kernels, package.measured, compile)
     others = {"auto": ["bfloat16"], "int8": ["int8", "bfloat16"], "float32": []}.get(wanted, [wanted])
-    for _ in range(_TRIES):  # other work on the machine makes everything look slow at times
-        speeds = measure(others, model.config.hidden_size, model.config.intermediate_size)
+    for attempt in range(_TRIES):  # other work on the machine makes everything look slow at times
+        speeds = measure(others, model.config.hidden_size, model.config.intermediate_size, attempt)
         if wanted in ("auto", "float32") or speeds.of(wanted) > speeds.float32:
             break
     if wanted == "auto":
@@ -130,19 +197,36 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None) -> Plan:
         reason = speeds.obstacles.get(wanted, f"{speeds.of(wanted):.0f} GFLOP/s, float32 has {speeds.float32:.0f}")
         raise ValueError(f"dtype={wanted!r}: this CPU is slow at it ({reason}); use 'auto' or 'float32'")
     kernels = _kernels(wanted, speeds)
+    if compile and kernels.linear is PlainLinear and speeds.of("float32"):
+        kernels, why = _compilable("float32")[0], f"{why}; oneDNN's products, which can be compiled"
     if kernels.careful is not kernels.linear:
         why += f"; values and heads on {kernels.careful.__name__}, attention in {NAMES[kernels.attention]}"
+    if wanted == "int8" and weight_levels() < 127:
+        why += "; weights of 7 bits, since this CPU adds products of bytes in 16 bits, which saturates"
     chosen = f"chosen: {wanted} on {kernels.linear.__name__}, {why}"
-    return Plan(wanted, kernels, (_threads(), *speeds.receipts(), chosen))
+    return CpuPlan(wanted, kernels, (_threads(), *speeds.receipts(), chosen), compile)
 
 
 def _kernels(name: str, speeds: Speeds) -> Kernels:
     float32 = PrepackedLinear if speeds.of("float32") > _GAIN * speeds.of("plain") else PlainLinear
     if name == "int8":
-        careful = Bfloat16Linear if speeds.gains("bfloat16") else float32
-        attention = torch.bfloat16 if careful is Bfloat16Linear else torch.float32
-        return Kernels(torch.float32, Int8Linear, Int8AfterGelu, careful, attention, rows=_ROWS)
-    return _all(torch.float32, float32) if name == "float32" else _all(getattr(torch, name), PrepackedLinear)
+        bfloat16 = speeds.gains("bfloat16") and "bfloat16" not in speeds.obstacles
+        return _int8(Bfloat16Linear if bfloat16 else float32)
+    if name == "float32":
+        return _all(torch.float32, float32)
+    return _all(getattr(torch, name), PlainLinear if name in speeds.obstacles else PrepackedLinear)
+
+
+def _compilable(name: str) -> list[Kernels]:
+    """The kernels that a compiled pass in a dtype may have."""
+    if name == "int8":
+        return [_int8(Bfloat16Linear), _int8(PrepackedLinear)]
+    return [] if name == "auto" else [_all(getattr(torch, name), PrepackedLinear)]
+
+
+def _int8(careful: type[Linear]) -> Kernels:
+    attention = torch.bfloat16 if careful is Bfloat16Linear else torch.float32
+    return Kernels(torch.float32, Int8Linear, Int8AfterGelu, careful, attention, rows=_ROWS)
 
 
 def _all(dtype: torch.dtype, linear: type[Linear]) -> Kernels:

@@ -1,4 +1,4 @@
-"""What is wanted of the vocabulary's logits, without a float32 copy of them on a GPU: losses, or the best words."""
+"""Losses of words, without a float32 copy of the vocabulary's logits on a GPU."""
 
 from __future__ import annotations
 
@@ -18,20 +18,6 @@ def word_losses(logits: Tensor, labels: Tensor, V: int) -> tuple[Tensor, Tensor]
     logits = logits[:, :V].float()
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
     return losses, logits.detach().argmax(-1) == labels
-
-
-def top_words(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Per row of logits (M, V) the probabilities, in float32, and the ids of the k best words: (M, k) each.
-
-    Raises ValueError for k outside of 1 to V.
-    """
-    if _has_kernels(logits):
-        from minibert.fast.triton.softmax_topk import softmax_topk
-
-        return softmax_topk(logits, k)
-    if not 1 <= k <= logits.shape[-1]:
-        raise ValueError(f"k must be from 1 to the {logits.shape[-1]} words, got {k}")
-    return tuple(logits.float().softmax(-1).topk(k))
 
 
 def _has_kernels(logits: Tensor) -> bool:

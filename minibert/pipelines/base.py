@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minibert.checks import check_count, check_text, shown
 from minibert.fast import optimize
+from minibert.fast.exact import Held
 from minibert.pipelines.items import is_stream, place
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 from minibert.weights import hub
@@ -100,7 +101,7 @@ class Pipeline:
         self.model, self.tokenizer, self.fast = model.eval(), tokenizer, fast
         self.batch_size, self.progress = batch_size, progress
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
-        self._optimized: tuple[list, nn.Module] | None = None
+        self._optimized: tuple[Held, nn.Module] | None = None
         self._lock = ForkedLock()
 
     def __repr__(self) -> str:
@@ -127,10 +128,9 @@ class Pipeline:
         """What computes: the model, or its optimized form, made on first use and again when the model has changed."""
         if not self.fast:
             return self.model
-        state = _state(self.model)
         with self._lock:
-            if self._optimized is None or self._optimized[0] != state:
-                self._optimized = state, self._optimize()
+            if self._optimized is None or self._optimized[0].change():
+                self._optimized = Held(self.model), self._optimize()
             return self._optimized[1]
 
     def _optimize(self) -> nn.Module:
@@ -348,17 +348,6 @@ def _whole(model: Any) -> Any:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise TypeError(f"{type(model).__name__}: its prompt lies outside of the model, where a pipeline does not look")
     return model.get_base_model()
-
-
-def _state(model: nn.Module) -> list[Any]:
-    """What the optimized form was made from: parameters by place and version, modules by kind and hooks.
-
-    A change in place counts up a parameter's version; another place in memory is another parameter.
-    """
-    state: list[Any] = [(p.data_ptr(), None if p.is_inference() else p._version) for p in model.parameters()]
-    for module in model.modules():
-        state.append((type(module), len(module._forward_hooks), len(module._forward_pre_hooks)))
-    return state
 
 
 def is_plain(model: nn.Module, kind: type[nn.Module]) -> bool:

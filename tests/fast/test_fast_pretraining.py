@@ -12,7 +12,6 @@ from minibert import BertConfig, BertForPreTraining
 from minibert.fast import words
 from minibert.fast.flops import forward_flops, matmul_peak, training_flops
 from minibert.fast.pretraining import PackedPretrainingLoss, pair_starts
-from minibert.fast.words import top_words
 from minibert.pretraining.loss import PretrainingLoss
 
 CUDA = torch.cuda.is_available()
@@ -147,20 +146,6 @@ def test_flops_are_those_that_torch_counts():
     extra = 2 * predictions * TINY["hidden_size"] * (-V % 64) + 2 * R * TINY["hidden_size"] * 2  # padding, NSP
     assert counter.get_total_flops() == forward_flops(model.config, lengths, predictions, pooled=R) + extra
     assert training_flops(model.config, [3]) == 3 * forward_flops(model.config, [3])
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_top_words(fused, monkeypatch):
-    if fused:
-        pytest.importorskip("triton")
-        if CUDA:
-            pytest.skip("kernels are compiled for the GPU")
-    monkeypatch.setattr(words, "_has_kernels", lambda logits: fused)
-    logits = torch.randn(3, V)
-    for ours, theirs in zip(top_words(logits, 4), logits.softmax(-1).topk(4), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    with pytest.raises(ValueError, match="k"):
-        top_words(logits, V + 1)
 
 
 def test_matmul_peak():

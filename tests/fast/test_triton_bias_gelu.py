@@ -1,4 +1,4 @@
-"""gelu(x + bias): result and gradients."""
+"""gelu(x + bias): the result."""
 
 import pytest
 import torch
@@ -11,15 +11,8 @@ from minibert.fast.triton.bias_gelu import bias_gelu
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 1025)])
-def test_result_and_gradients(device, dtype, shape):
+def test_result(device, dtype, shape):
     inputs = draw(*shape, dtype=dtype, device=device, scale=2.0), draw(shape[-1], dtype=dtype, device=device, seed=1)
-    check(bias_gelu, lambda x, bias: F.gelu(x + bias), *inputs)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_more_rows_than_programs(device, monkeypatch):
-    monkeypatch.setattr("minibert.fast.triton.bias_gelu.PARTIAL_SUMS", 2)
-    inputs = draw(45, 7, dtype=torch.float32, device=device), draw(7, dtype=torch.float32, device=device, seed=1)
     check(bias_gelu, lambda x, bias: F.gelu(x + bias), *inputs)
 
 

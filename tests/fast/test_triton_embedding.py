@@ -1,4 +1,4 @@
-"""LayerNorm(word + segment + position): result and gradients."""
+"""LayerNorm(word + segment + position): the result."""
 
 import pytest
 import torch
@@ -18,24 +18,16 @@ def parts(N, D, dtype, device):
     return ids, *tables, *(draw(D, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
 
 
-def reference(ids, words, segments, positions, weight, shift, padding=None):
-    total = F.embedding(ids[0], words, padding) + F.embedding(ids[1], segments) + F.embedding(ids[2], positions)
+def reference(ids, words, segments, positions, weight, shift):
+    total = F.embedding(ids[0], words) + F.embedding(ids[1], segments) + F.embedding(ids[2], positions)
     return F.layer_norm(total, weight.shape, weight, shift, 1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("N", "D"), [(1, 1), (3, 3), (1, 127), (127, 3), (5, 1023)])
-def test_result_and_gradients(device, dtype, N, D):
+def test_result(device, dtype, N, D):
     check(lambda *inputs: embedding(*inputs, 1e-3), reference, *parts(N, D, dtype, device))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_padding_gets_no_gradient(device):
-    inputs = parts(40, 5, torch.float32, device)
-    check(lambda *x: embedding(*x, 1e-3, padding=0), lambda *x: reference(*x, padding=0), *inputs)
-    embedding(*inputs, 1e-3, padding=0).sum().backward()
-    assert not inputs[1].grad[0].any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -43,8 +35,6 @@ def test_float32_tables_to_half_precision(device):
     inputs = parts(7, 12, torch.float32, device)
     got = embedding(*inputs, 1e-3, dtype=torch.float16)
     assert torch.equal(got, embedding(*inputs, 1e-3).half())
-    with torch.no_grad():  # the float32 sums are then not kept
-        assert torch.equal(got, embedding(*inputs, 1e-3, dtype=torch.float16))
 
 
 def test_bad_input():

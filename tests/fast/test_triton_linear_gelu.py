@@ -1,4 +1,4 @@
-"""gelu(x W^T + b): result and gradients, for tiles that do and do not fit."""
+"""gelu(x W^T + b): the result, for tiles that do and do not fit."""
 
 import pytest
 import torch
@@ -25,9 +25,7 @@ def reference(x, weight, bias):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "D", "width"), [(1, 1, 1), (3, 127, 5), (127, 16, 33), (200, 32, 70)])
-def test_result_and_gradients(device, dtype, N, D, width, monkeypatch):
-    # The backward pass computes the product again, in torch, which rounds it once more
-    monkeypatch.setitem(TOLERANCES, dtype, 2 * TOLERANCES[dtype])
+def test_result(device, dtype, N, D, width):
     check(lambda *inputs: linear_gelu(*inputs, SMALL), reference, *parts(N, D, width, dtype, device))
 
 

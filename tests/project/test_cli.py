@@ -72,6 +72,15 @@ def test_inspect(capsys, model_dir):
     assert all(len(tensor["sha256"]) == 64 for tensor in result["tensors"])
 
 
+def test_optimize(capsys, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIBERT_CACHE", str(tmp_path))
+    assert "compiled: no" in run(capsys, "optimize", model_dir, "--explain")
+    assert not list(tmp_path.iterdir())
+    result = json.loads(run(capsys, "optimize", model_dir, "--explain", "--json"))
+    assert result["dtype"] == "float32"
+    assert any("memory" in line for line in result["receipts"])
+
+
 def test_the_three_flows(capsys, model_dir):
     text = run(capsys, "demo", "--model", model_dir)
     for part in ("fill-mask with", "loss if the label is IS_NEXT", "seq_relationship_logits", "mlm_loss"):

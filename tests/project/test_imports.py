@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "model": {"activations", "base", "config", "inputs", "outputs"},
     "heads": {"activations", "base", "config", "inputs", "model", "outputs"},
     "text": {"weights"},
-    "fast": {"model", "heads", "outputs", "inputs", "base", "config", "activations"},
+    "fast": {"model", "heads", "outputs", "inputs", "base", "config", "activations", "weights"},
     "pipelines": {"base", "model", "heads", "text", "fast", "weights"},
     "demo": {"heads", "weights", "pipelines", "text"},
     "embedding": {"fast", "model", "pipelines", "terminal", "text", "weights"},

@@ -8,7 +8,6 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 65536  # elements of a row that one program holds in registers
-PARTIAL_SUMS = 264  # programs that reduce over rows, two for each multiprocessor of an H100
 
 
 def check_floats(**tensors: Tensor | None) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minibert.fast.triton.bias_gelu import bias_gelu_backward, gelu
+from minibert.fast.triton.bias_gelu import gelu
 from minibert.fast.triton.launch import check_floats, check_size
 
 GROUP = 8  # tiles along N that share the weight's tiles while these are in the L2 cache
@@ -72,32 +72,9 @@ def forward_kernel(
     tl.store(y + rows[:, None] * F + columns[None, :], gelu(z).to(y.dtype.element_ty), mask=in_N & in_F)
 
 
-class LinearGelu(torch.autograd.Function):
-    """Keeps the inputs only: the backward pass computes the product again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, tile: Tile) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        (N, D), F = x.shape, len(weight)
-        y = torch.empty(N, F, dtype=x.dtype, device=x.device)
-        grid = (triton.cdiv(N, tile.N) * triton.cdiv(F, tile.F),)
-        forward_kernel[grid](
-            x, weight, bias, y, N, F=F, D=D, EXACT=x.dtype == torch.float32, TILE_N=tile.N, TILE_F=tile.F,
-            TILE_D=tile.D, GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        dz, d_bias = bias_gelu_backward(torch.nn.functional.linear(x, weight), bias, dy.contiguous())
-        return dz @ weight, dz.t() @ x, d_bias, None
-
-
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, tile: Tile = TILES[0]) -> Tensor:
-    """gelu(x W^T + b), in the dtype of x. x (..., D), weight (F, D) of the dtype of x, bias (F,).
-
-    Raises ValueError and TypeError for other shapes and dtypes.
+    """gelu(x W^T + b), in the dtype of x. x (..., D), weight (F, D) of the dtype of x, bias (F,). Without
+    gradients. Raises ValueError and TypeError for other shapes and dtypes.
     """
     check_floats(x=x, weight=weight, bias=bias)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
@@ -107,5 +84,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, tile: Tile = TILES[0]) 
     check_size(len(weight), bias=bias)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], len(weight))
-    y_NF = LinearGelu.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), bias.contiguous(), tile)
-    return y_NF.view(*x.shape[:-1], len(weight))
+    x_ND = x.reshape(-1, x.shape[-1]).contiguous()
+    (N, D), F = x_ND.shape, len(weight)
+    y_NF = torch.empty(N, F, dtype=x.dtype, device=x.device)
+    forward_kernel[(triton.cdiv(N, tile.N) * triton.cdiv(F, tile.F),)](
+        x_ND, weight.contiguous(), bias.contiguous(), y_NF, N, F=F, D=D, EXACT=x.dtype == torch.float32,
+        TILE_N=tile.N, TILE_F=tile.F, TILE_D=tile.D, GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y_NF.view(*x.shape[:-1], F)

@@ -1,0 +1,244 @@
+"""Compiled passes: kept on disk, made once for a shape and a CPU, shared by processes and by models of one shape.
+
+A package holds code and no weights. It lies in `$MINIBERT_CACHE`, else `$XDG_CACHE_HOME/minibert`, else
+`~/.cache/minibert`, under a name made of all that it depends on: the shape, the CPU, torch's version, this code.
+Beside it lies a note of its hash, so that a broken package is never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from minibert.fast.encoder import CpuEngine
+from minibert.fast.graph import Shape, weights
+from minibert.fast.padding import Batch, pack_rows
+from minibert.weights.files import replacing, write
+
+logger = logging.getLogger("minibert")
+
+_RUNNERS = 2  # calls that may run at the same time
+_SLACK = 1 << 18  # products of a token with a token that padding may add to attention without a second thought
+_TOKENS = 4096  # at once: beyond, what a layer works on has long left the caches
+_SCORES = 1 << 24  # of attention at once, padding included
+# How far a compiled pass may be from the same operations one by one, in units of the largest value
+_ALLOWED = {"float32": 1e-4, "bfloat16": 0.06, "float16": 0.02, "int8": 0.2}
+_CODE = ("graph.py", "compiling.py", "onednn.py", "quantize.py", "../activations.py")
+
+
+class CannotCompileError(RuntimeError):
+    """Why there is no compiled pass."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on disk. seconds: that compiling took; measured: lines on the kernels, from when it was made."""
+
+    path: Path
+    seconds: float
+    measured: tuple[str, ...]
+
+
+def directory() -> Path:
+    """Where packages are kept."""
+    own, shared = os.environ.get("MINIBERT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own, "compiled")
+    return Path(shared, "minibert", "compiled") if shared else Path.home() / ".cache" / "minibert" / "compiled"
+
+
+def expected_seconds(shape: Shape) -> int:
+    """About what compiling takes on two cores; to be said before it is begun."""
+    return 15 + 2 * shape.layers
+
+
+def key(shape: Shape) -> str:
+    """A name for all that a package depends on."""
+    facts = [shape.as_dict(), torch.__version__, sys.platform, *_cpu(), _code()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def find(shape: Shape) -> Package | None:
+    """The package for a shape, if there is one and it is whole."""
+    try:
+        note = json.loads((directory() / f"{key(shape)}.json").read_text("utf-8"))
+        path = directory() / note["package"]
+        whole = hashlib.sha256(path.read_bytes()).hexdigest() == note["sha256"]
+        return Package(path, float(note["seconds"]), tuple(note["measured"])) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that is broken: it will be made anew
+        return None
+
+
+def make(shape: Shape, measured: tuple[str, ...] = ()) -> Package:
+    """The package for a shape, compiled if there is none; of several processes at once, one compiles.
+
+    Raises CannotCompileError: no compiler, one that fails, or a directory that cannot be written to.
+    """
+    found = find(shape)
+    if found is not None:
+        return found
+    obstacle = compiler_obstacle()
+    if obstacle:
+        raise CannotCompileError(obstacle)
+    what = f"{shape.layers} layers of {shape.hidden}"
+    logger.warning(
+        "compiling %s for this CPU: about %d s, once; kept in %s", what, expected_seconds(shape), directory()
+    )
+    try:
+        directory().mkdir(parents=True, exist_ok=True)
+        with FileLock(directory() / f"{key(shape)}.lock"):
+            return find(shape) or _compile(shape, measured)
+    except OSError as failure:
+        raise CannotCompileError(f"{directory()} cannot be written to ({failure})") from failure
+
+
+def _compile(shape: Shape, measured: tuple[str, ...]) -> Package:
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="minibert-") as work:
+        package, request = Path(work, "pass.pt2"), Path(work, "shape.json")
+        request.write_text(json.dumps(shape.as_dict()))
+        # Temporary files of the compiler go with the directory; minibert is found where this one was found
+        places = {"TORCHINDUCTOR_CACHE_DIR": str(Path(work, "inductor")), "TMPDIR": work}
+        paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "minibert.fast.compiling", str(request), str(package)],
+            env={**os.environ, **places, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode or not package.exists():
+            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise CannotCompileError(f"the compiler failed: {last:.200}")
+        content = package.read_bytes()
+    name, seconds = f"{key(shape)}.pt2", time.perf_counter() - began
+    with replacing(directory() / name) as partial:
+        partial.write_bytes(content)
+    note = {"package": name, "sha256": hashlib.sha256(content).hexdigest(), "seconds": seconds, "measured": measured,
+            "shape": shape.as_dict(), "torch": torch.__version__}  # fmt: skip
+    write(directory() / f"{key(shape)}.json", json.dumps(note, indent=1))
+    return Package(directory() / name, seconds, measured)
+
+
+def compiler_obstacle() -> str:
+    """Why nothing can be compiled here, or ""."""
+    if not sys.executable:
+        return "this Python cannot start another"
+    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    if not any(shutil.which(name) for name in compilers):
+        return f"there is no C++ compiler ({', '.join(compilers)})"
+    return ""
+
+
+@cache
+def _cpu() -> tuple[str, ...]:
+    """What code is compiled for: two machines that share a home directory need not share instructions."""
+    facts = [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for wanted in ("model name", "flags", "Features"):
+        facts += next(([line] for line in lines if line.startswith(wanted)), [])
+    return tuple(facts)
+
+
+@cache
+def _code() -> str:
+    """A hash of what is compiled."""
+    here = Path(__file__).parent
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in _CODE)).hexdigest()
+
+
+class CompiledPass:
+    """Runs a package on an engine's weights, which it shares."""
+
+    def __init__(self, package: Package, engine: CpuEngine):
+        self.loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(package.path), "model", False, _RUNNERS, -1)
+        self.weights = weights(engine)  # kept: the package itself keeps no more than where they lie
+        self.loader.load_constants(self.weights, use_inactive=False, check_full_update=True, user_managed=True)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Last states, (N, D), or (M, D) of the picked tokens."""
+        plan = batch.packing
+        groups = split(plan.lengths)
+        if len(groups) == 1:
+            picked = None if batch.picked is None else batch.picked.index
+            return self._run(batch.ids_3N, plan.lengths, picked)
+        tokens = torch.arange(plan.tokens).split(plan.lengths)
+        last_ND: Tensor | None = None
+        for rows in groups:
+            index = torch.cat([tokens[row] for row in rows])
+            part = self._run(batch.ids_3N[:, index], [plan.lengths[row] for row in rows], None)
+            if last_ND is None:
+                last_ND = part.new_empty(plan.tokens, part.shape[1])
+            last_ND.index_copy_(0, index, part)
+        return last_ND if batch.picked is None else last_ND.index_select(0, batch.picked.index)
+
+    def _run(self, ids_3N: Tensor, lengths: list[int], picked: Tensor | None) -> Tensor:
+        N, T = ids_3N.shape[1], max(2, *lengths)
+        if picked is not None and len(picked) == 0:  # which a graph for one token or more cannot give
+            return self._run(ids_3N, lengths, torch.zeros(1, dtype=torch.long))[:0]
+        sizes, columns = torch.tensor(lengths), torch.arange(T)
+        if N == T * len(lengths):
+            place = torch.arange(N)
+        else:
+            place = (columns < sizes[:, None]).flatten().nonzero().squeeze(1)
+        picked = torch.arange(N) if picked is None else picked
+        return self.loader.boxed_run([ids_3N, place, sizes, columns, picked])[0]
+
+
+def split(lengths: list[int]) -> list[list[int]]:
+    """Rows that are computed together, by number: attention pads them to the longest, which must not cost much."""
+    order = range(len(lengths))
+    if len(lengths) > 1 and not _fits(len(lengths), max(lengths), sum(lengths), sum(n * n for n in lengths)):
+        order = sorted(order, key=lengths.__getitem__, reverse=True)
+    else:
+        return [list(order)]
+    groups: list[list[int]] = []
+    tokens = squares = 0
+    for row in order:
+        length = lengths[row]
+        tokens, squares = tokens + length, squares + length * length
+        if groups and _fits(len(groups[-1]) + 1, lengths[groups[-1][0]], tokens, squares):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            tokens, squares = length, length * length
+    return groups
+
+
+def _fits(rows: int, longest: int, tokens: int, squares: int) -> bool:
+    padded = rows * longest * longest
+    return padded <= 1.5 * squares + _SLACK and tokens <= _TOKENS and padded <= _SCORES
+
+
+def attach(engine: CpuEngine, package: Package, dtype: str) -> str:
+    """Give an engine its compiled pass; returns why not, or ""."""
+    try:
+        compiled = CompiledPass(package, engine)
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.randint(engine.embeddings.word_embeddings.num_embeddings, (n,), generator=generator).tolist()
+                for n in (13, 3)]  # fmt: skip
+        batch = pack_rows([row[: engine.embeddings.position_embeddings.num_embeddings] for row in rows])
+        expected = engine.encode(batch).last_MD.float()
+        error = float((compiled(batch).float() - expected).abs().max() / expected.abs().max())
+    except Exception as failure:  # whatever a package that does not fit this torch may do
+        return f"the package cannot be run ({type(failure).__name__}: {str(failure).splitlines()[0]:.120})"
+    if not error <= _ALLOWED[dtype]:
+        return f"its result is wrong by {error:.1e} of the largest value"
+    engine.compiled = compiled
+    return ""

@@ -1,0 +1,39 @@
+"""Compiles a Pass into a package: `python -m minibert.fast.compiling SHAPE.json PACKAGE.pt2`.
+
+A program of its own, since compiling loads much, starts processes and may be ended by a compiler's crash.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.export import Dim, export
+
+from minibert.fast.graph import Pass, Shape
+
+# Weights stay outside; threads are those of whoever calls, not of who compiled
+OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,  # numbers that are handed in are not to be written into the code
+    "cpp.dynamic_threads": True,
+    "compile_threads": 1,
+}
+
+
+def compile_pass(shape: Shape, package: Path) -> None:
+    """Write the package for a shape. Raises whatever torch or the compiler raise."""
+    N, B, T, M = (Dim(name, min=least, max=1 << 20) for name, least in (("N", 1), ("B", 1), ("T", 2), ("M", 1)))
+    sizes = {"ids_3N": (3, 21), "place_N": (21,), "lengths_B": (3,), "columns_T": (13,), "picked_M": (5,)}
+    example = tuple(torch.zeros(size, dtype=torch.long) for size in sizes.values())
+    dynamic = ({1: N}, {0: N}, {0: B}, {0: T}, {0: M})
+    with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        program = export(Pass(shape).eval(), example, dynamic_shapes=dynamic)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=OPTIONS)
+
+
+if __name__ == "__main__":
+    wanted = json.loads(Path(sys.argv[1]).read_text())
+    compile_pass(Shape(**{**wanted, "epsilons": tuple(wanted["epsilons"])}), Path(sys.argv[2]))

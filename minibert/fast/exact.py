@@ -1,0 +1,180 @@
+"""What the fast path may compute in a model's place: a model it knows to the last module, and that has not changed.
+
+The fast path reads weights and calls no module. A hook, an adapter in a layer's place, a subclass with a `forward` of
+its own would be passed over without a word. So what is not known exactly is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import attrgetter, is_
+from typing import Any
+
+from torch import Tensor, nn
+
+from minibert import heads, model
+from minibert.activations import Activation
+
+_RESIDUAL = {"dense": nn.Linear, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
+_CLASSIFIER = {"bert": model.BertModel, "dropout": nn.Dropout, "classifier": nn.Linear}
+
+# Each class and the modules that it is made of
+PARTS: dict[type, dict[str, type]] = {
+    nn.Linear: {},
+    nn.LayerNorm: {},
+    nn.Embedding: {},
+    nn.Dropout: {},
+    nn.Tanh: {},
+    Activation: {},
+    model.BertEmbeddings: {
+        "word_embeddings": nn.Embedding,
+        "position_embeddings": nn.Embedding,
+        "token_type_embeddings": nn.Embedding,
+        "LayerNorm": nn.LayerNorm,
+        "dropout": nn.Dropout,
+    },
+    model.BertSelfAttention: {"query": nn.Linear, "key": nn.Linear, "value": nn.Linear, "dropout": nn.Dropout},
+    model.BertResidualOutput: _RESIDUAL,
+    model.BertAttention: {"self": model.BertSelfAttention, "output": model.BertResidualOutput},
+    model.BertIntermediate: {"dense": nn.Linear, "intermediate_act_fn": Activation},
+    model.BertLayer: {
+        "attention": model.BertAttention,
+        "intermediate": model.BertIntermediate,
+        "output": model.BertResidualOutput,
+    },
+    model.BertEncoder: {"layer": nn.ModuleList},
+    model.BertPooler: {"dense": nn.Linear, "activation": nn.Tanh},
+    model.BertModel: {"embeddings": model.BertEmbeddings, "encoder": model.BertEncoder, "pooler": model.BertPooler},
+    heads.BertPredictionHeadTransform: {
+        "dense": nn.Linear,
+        "transform_act_fn": Activation,
+        "LayerNorm": nn.LayerNorm,
+    },
+    heads.BertLMPredictionHead: {"transform": heads.BertPredictionHeadTransform, "decoder": nn.Linear},
+    heads.BertOnlyMLMHead: {"predictions": heads.BertLMPredictionHead},
+    heads.BertOnlyNSPHead: {"seq_relationship": nn.Linear},
+    heads.BertPreTrainingHeads: {"predictions": heads.BertLMPredictionHead, "seq_relationship": nn.Linear},
+    heads.BertForMaskedLM: {"bert": model.BertModel, "cls": heads.BertOnlyMLMHead},
+    heads.BertForNextSentencePrediction: {"bert": model.BertModel, "cls": heads.BertOnlyNSPHead},
+    heads.BertForPreTraining: {"bert": model.BertModel, "cls": heads.BertPreTrainingHeads},
+    heads.BertForSequenceClassification: _CLASSIFIER,
+    heads.BertForTokenClassification: _CLASSIFIER,
+    heads.BertForMultipleChoice: _CLASSIFIER,
+    heads.BertForQuestionAnswering: {"bert": model.BertModel, "qa_outputs": nn.Linear},
+}
+# The parameters of a class's own
+PARAMETERS: dict[type, tuple[str, ...]] = {
+    nn.Linear: ("weight", "bias"),
+    nn.LayerNorm: ("weight", "bias"),
+    nn.Embedding: ("weight",),
+    heads.BertLMPredictionHead: ("bias",),
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
+
+
+def check_exact(plain: nn.Module) -> None:
+    """Raises TypeError, naming the module, unless `plain` is a model of minibert with nothing put in, on or around."""
+    for name, fault in _faults(plain):
+        where = f"{type(plain).__name__}.{name}" if name else type(plain).__name__
+        raise TypeError(f"optimize: {where} {fault}, which the fast path would pass over")
+
+
+def _faults(plain: nn.Module) -> Iterator[tuple[str, str]]:
+    """(module's or parameter's name, what is unknown about it)"""
+    if type(plain) not in PARTS or not isinstance(plain, model.BertPreTrainedModel):
+        yield "", "is not one of minibert's models but a class of its own"
+    for hooks in _GLOBAL_HOOKS:
+        if hooks:
+            yield "", "would run under a hook on all modules (torch.nn.modules.module.register_module_forward_hook)"
+    seam = model.attention
+    if (seam.__module__, seam.__qualname__) != (model.__name__, "attention"):
+        yield "", f"would compute with another attention ({seam.__module__}.{seam.__qualname__})"
+    for name, module in plain.named_modules(remove_duplicate=False):
+        yield from ((name, fault) for fault in _module_faults(module))
+    held = dict(plain.named_parameters())
+    dtype, device = next(iter(held.values())).dtype, next(iter(held.values())).device
+    for name, parameter in held.items():
+        if type(parameter) is not nn.Parameter:
+            yield name, f"is a {type(parameter).__name__}, not a plain parameter"
+        if (parameter.dtype, parameter.device) != (dtype, device):
+            yield name, f"is {parameter.dtype} on {parameter.device}, where other parameters are {dtype} on {device}"
+
+
+def _module_faults(module: nn.Module) -> Iterator[str]:
+    kind = type(module)
+    if kind is nn.ModuleList:
+        expected = dict.fromkeys(module._modules, model.BertLayer)
+    elif kind in PARTS:
+        expected = PARTS[kind]
+    else:
+        yield f"is a {kind.__module__}.{kind.__qualname__}"
+        return
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        yield "has a forward hook"
+    if "forward" in vars(module):
+        yield "has a forward of its own"
+    forward = kind.forward
+    if kind is not nn.ModuleList and forward.__module__ != kind.__module__ and forward.__module__ != heads.__name__:
+        yield f"is of a class whose forward was replaced by {forward.__module__}.{forward.__qualname__}"
+    for name, child in module._modules.items():
+        if name not in expected:
+            yield f"has a part {name!r} that is not BERT's"
+        elif type(child) is not expected[name]:
+            yield f"has a {type(child).__module__}.{type(child).__qualname__} as {name!r}"
+    absent = [name for name in expected if name not in module._modules and name != "pooler"]
+    if absent:
+        yield f"has no {absent[0]!r}"
+    own = PARAMETERS.get(kind, ())
+    for name, parameter in (*module._parameters.items(), *module._buffers.items()):
+        if name not in own:
+            yield f"has a parameter or buffer {name!r} that is not BERT's"
+        elif parameter is None:
+            yield f"has no {name!r}"
+    if kind is nn.Embedding and module.max_norm is not None:
+        yield "limits the norm of its rows (max_norm)"
+
+
+class Held:
+    """What a model held when it was optimized: `change` tells whether it still does, in some microseconds."""
+
+    def __init__(self, plain: nn.Module):
+        modules = list(plain.modules())
+        self.classes = {kind: kind.forward for kind in {type(m) for m in modules} if kind is not nn.ModuleList}
+        self.attributes = [vars(module) for module in modules]
+        self.hooks = [getattr(module, name) for module in modules for name in _HOOKS] + _GLOBAL_HOOKS
+        self.tables = [table for module in modules for table in (module._modules, module._parameters)]
+        self.items = [(table, name) for table in self.tables for name in table]
+        self.things = self._now()
+        self.count = len(self.items)
+        self.tensors = [thing for thing in self.things if isinstance(thing, Tensor)]
+        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]  # those keep no count
+        self.state = self._state()
+
+    def _now(self) -> list[Any]:
+        return [table.get(name) for table, name in self.items]
+
+    def _state(self) -> tuple[list, ...]:
+        tensors = self.tensors
+        return (
+            list(map(attrgetter("_version"), self.counted)),
+            list(map(attrgetter("dtype"), tensors)),
+            list(map(Tensor.data_ptr, tensors)),
+        )
+
+    def change(self) -> str:
+        """What has changed, or "". An edit through `.data`, in place, leaves no trace that could be seen."""
+        if not all(map(is_, self._now(), self.things)) or sum(map(len, self.tables)) != self.count:
+            return "a parameter or module was replaced"
+        if self._state() != self.state:
+            return "parameters were changed"
+        if any(self.hooks):
+            return "a hook was registered"
+        if any("forward" in names for names in self.attributes):
+            return "a forward was replaced"
+        if any(kind.forward is not forward for kind, forward in self.classes.items()):
+            return "a class's forward was replaced"
+        return ""
+
+
+__all__ = ["Held", "check_exact"]

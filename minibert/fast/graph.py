@@ -1,0 +1,268 @@
+"""BERT's whole pass over packed tokens as one module, to be compiled ahead of time: no Python between operations.
+
+One graph serves any number of tokens, of texts, and any lengths. Products, norms and activations run on the N packed
+tokens; only attention sees padding: queries, keys and values are spread over (B, T), and the context is gathered back.
+Weights are not part of what is compiled: they are handed in, laid out for oneDNN, so that all models of one shape share
+one compiled pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minibert.activations import ACTIVATIONS
+from minibert.fast.encoder import GELUS, CpuEngine, Kernels, Linear
+from minibert.fast.onednn import POST_OPS, PrepackedLinear
+from minibert.fast.quantize import Bfloat16Linear, Int8Linear
+from minibert.fast.quantize import Int8AfterGelu as AfterGelu
+from minibert.model import BertModel
+
+KINDS: dict[str, type[Linear]] = {
+    kind.__name__: kind for kind in (PrepackedLinear, Bfloat16Linear, Int8Linear, AfterGelu)
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that a compiled pass depends on. linear, careful, after_gelu: names of the kinds of products, as in Kernels;
+    epsilons: of the embeddings' norm and of the layers'."""
+
+    layers: int
+    hidden: int
+    heads: int
+    feed_forward: int
+    words: int
+    positions: int
+    segments: int
+    activation: str
+    epsilons: tuple[float, float]
+    table_dtype: str
+    dtype: str
+    attention: str
+    linear: str
+    careful: str
+    after_gelu: str
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def shape_of(model: BertModel, kernels: Kernels) -> Shape | str:
+    """The shape of a model's pass, or why it cannot be one graph."""
+    layers, tables = model.encoder.layer, model.embeddings
+    if not layers:
+        return "the model has no layers"
+    kinds = [kernels.linear.__name__, kernels.careful.__name__, kernels.after_gelu.__name__]
+    if not set(kinds) <= set(KINDS):
+        return f"it is for products by oneDNN, not for {kinds[0]}"
+    seen = {
+        (
+            layer.attention.self.query.out_features,
+            layer.attention.self.attention_head_size,
+            layer.intermediate.dense.out_features,
+            layer.intermediate.intermediate_act_fn.name,
+            layer.attention.output.LayerNorm.eps,
+            layer.output.LayerNorm.eps,
+        )
+        for layer in layers
+    }
+    width, head_size, feed_forward, activation, eps, other_eps = seen.pop()
+    hidden = tables.word_embeddings.embedding_dim
+    if seen or eps != other_eps or width != hidden:
+        return "its layers differ in size"
+
+    def name(dtype: torch.dtype) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    return Shape(
+        layers=len(layers),
+        hidden=hidden,
+        heads=hidden // head_size,
+        feed_forward=feed_forward,
+        words=tables.word_embeddings.num_embeddings,
+        positions=tables.position_embeddings.num_embeddings,
+        segments=tables.token_type_embeddings.num_embeddings,
+        activation=activation,
+        epsilons=(tables.LayerNorm.eps, eps),
+        table_dtype=name(tables.word_embeddings.weight.dtype),
+        dtype=name(kernels.dtype),
+        attention=name(kernels.attention),
+        linear=kinds[0],
+        careful=kinds[1],
+        after_gelu=kinds[2] if activation in GELUS else kinds[0],
+    )
+
+
+class Product(nn.Module):
+    """One linear layer of the graph, of one of the KINDS, with places for the weights that will be handed in."""
+
+    def __init__(self, kind: str, inputs: int, outputs: int, dtype: torch.dtype, activation: str = ""):
+        super().__init__()
+        self.kind, self.activation = KINDS[kind], activation
+        weight_dtype = {Int8Linear: torch.int8, AfterGelu: torch.int8, Bfloat16Linear: torch.bfloat16}
+        size = (inputs, outputs) if self.is_int8 else (outputs, inputs)  # oneDNN transposes what it packs in int8
+        self.register_buffer("weight", torch.empty(size, dtype=weight_dtype.get(self.kind, dtype)))
+        self.register_buffer("bias", torch.empty(outputs, dtype=torch.float32 if self.is_int8 else self.weight.dtype))
+        if self.is_int8:
+            self.register_buffer("scale", torch.empty(outputs))
+            self.register_buffer("zero_points", torch.empty(outputs, dtype=torch.int32))
+            # Handed in too: what is a number in the graph would be a constant that no package holds
+            self.register_buffer("unit", torch.tensor(1.0))
+            self.register_buffer("centre", torch.tensor(self.kind.centre, dtype=torch.int32))
+
+    @property
+    def is_int8(self) -> bool:
+        return issubclass(self.kind, Int8Linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs) -> (N, outputs), in float32 for products of bytes, else in the weight's dtype."""
+        if self.is_int8:
+            scale = (self.largest(x) / self.kind.levels).clamp_min(self.kind.finest)  # (N, 1)
+            rounded = (torch.round(x * scale.reciprocal()) + self.kind.centre).to(torch.uint8)
+            product = torch.ops.onednn.qlinear_pointwise.tensor(
+                rounded, self.unit, self.centre, self.weight, self.scale, self.zero_points, None, 1.0, 0,
+                torch.float32, "none", [], "",
+            )  # fmt: skip
+            return self.activated(product * scale + self.bias)
+        post_op, algorithm = POST_OPS.get(self.activation, ("none", ""))
+        x = x.to(self.weight.dtype)
+        y = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, post_op, [], algorithm)
+        return y if post_op != "none" else self.activated(y)
+
+    def largest(self, x: Tensor) -> Tensor:
+        return x.amax(1, keepdim=True) if self.kind is AfterGelu else x.abs().amax(1, keepdim=True)
+
+    def activated(self, y: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](y) if self.activation else y
+
+
+class Norm(nn.Module):
+    """LayerNorm with places for its parameters."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.empty(size, dtype=dtype))
+        self.register_buffer("bias", torch.empty(size, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Layer(nn.Module):
+    """One BertLayer."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        dtype, D = getattr(torch, shape.dtype), shape.hidden
+        self.heads, self.attention_dtype = shape.heads, getattr(torch, shape.attention)
+        if shape.linear == shape.careful:
+            self.inputs = nn.ModuleList([Product(shape.linear, D, 3 * D, dtype)])
+        else:
+            self.inputs = nn.ModuleList([Product(shape.linear, D, 2 * D, dtype), Product(shape.careful, D, D, dtype)])
+        self.projection = Product(shape.linear, D, D, dtype)
+        self.attention_norm = Norm(D, shape.epsilons[1], dtype)
+        self.up = Product(shape.linear, D, shape.feed_forward, dtype, shape.activation)
+        self.down = Product(shape.after_gelu, shape.feed_forward, D, dtype)
+        self.norm = Norm(D, shape.epsilons[1], dtype)
+
+    def forward(self, x_ND: Tensor, places: Places, picked: Tensor | None) -> Tensor:
+        """(N, D) -> (N, D), or (M, D) for the M picked tokens."""
+        N, D = x_ND.shape
+        parts = [part.to(self.attention_dtype).view(N, -1, D) for part in (product(x_ND) for product in self.inputs)]
+        query, key, value = (part[:, i] for part in parts for i in range(part.shape[1]))
+        context = self.attend(*(x.view(N, self.heads, -1) for x in (query, key, value)), places, picked)
+        if picked is not None:
+            x_ND = x_ND.index_select(0, picked)
+        y_MD = self.attention_norm(self.projection(context.to(x_ND.dtype)) + x_ND)
+        return self.norm(self.down(self.up(y_MD)) + y_MD).to(x_ND.dtype)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, places: Places, picked: Tensor | None) -> Tensor:
+        """(N, H, K) each -> (M, D). The query's weights hold the scale."""
+        _, H, K = query.shape
+        B, T = places.source.shape
+        query, key, value = (
+            x[places.source].transpose(1, 2).reshape(B * H, T, K) for x in (query, key, value)
+        )  # (N, H, K) -> (B, T, H, K) -> (B * H, T, K)
+        scores = torch.bmm(query, key.transpose(1, 2)).view(B, H, T, T)
+        scores = torch.where(places.keep[:, None, None], scores, -torch.inf)
+        probabilities = torch.softmax(scores, -1).to(value.dtype).view(B * H, T, T)
+        context = torch.bmm(probabilities, value).view(B, H, T, K)
+        row, column = places.row, places.column
+        if picked is not None:
+            row, column = row.index_select(0, picked), column.index_select(0, picked)
+        return context[row, :, column].reshape(-1, H * K)  # (B, H, T, K) -> (M, H, K) -> (M, D)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tokens lie. source (B, T): each place's token among the N (any, at padding); keep (B, T): places that hold
+    one; row and column (N,): each token's place."""
+
+    source: Tensor
+    keep: Tensor
+    row: Tensor
+    column: Tensor
+
+
+class Pass(nn.Module):
+    """Embeddings and layers."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        tables = getattr(torch, shape.table_dtype)
+        self.dtype = getattr(torch, shape.dtype)
+        for name in ("words", "segments", "positions"):
+            self.register_buffer(name, torch.empty(getattr(shape, name), shape.hidden, dtype=tables))
+        self.norm = Norm(shape.hidden, shape.epsilons[0], tables)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+
+    def forward(
+        self, ids_3N: Tensor, place_N: Tensor, lengths_B: Tensor, columns_T: Tensor, picked_M: Tensor
+    ) -> Tensor:
+        """ids_3N: word, segment and position; place_N: b * T + t of each token; columns_T: 0 to T - 1; picked_M: the
+        tokens whose last state is wanted. Returns (M, D)."""
+        N, T = ids_3N.shape[1], columns_T.shape[0]
+        starts = lengths_B.cumsum(0) - lengths_B
+        row = torch.div(place_N, T, rounding_mode="floor")
+        places = Places(
+            source=(starts[:, None] + columns_T).clamp(max=N - 1),
+            keep=columns_T < lengths_B[:, None],
+            row=row,
+            column=place_N - row * T,
+        )
+        x_ND = functional.embedding(ids_3N[0], self.words) + functional.embedding(ids_3N[1], self.segments)
+        x_ND = self.norm(x_ND + functional.embedding(ids_3N[2], self.positions)).to(self.dtype)
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            x_ND = layer(x_ND, places, picked_M if number == last else None)
+        return x_ND
+
+
+def weights(engine: CpuEngine) -> dict[str, Tensor]:
+    """What an engine holds, under the names that a Pass has for it."""
+    tables = engine.embeddings
+    found = {
+        "words": tables.word_embeddings.weight,
+        "segments": tables.token_type_embeddings.weight,
+        "positions": tables.position_embeddings.weight,
+        "norm.weight": tables.LayerNorm.weight,
+        "norm.bias": tables.LayerNorm.bias,
+    }
+    for number, layer in enumerate(engine.layers):
+        products = {f"inputs.{i}": linear for i, linear in enumerate(layer.inputs)}
+        products |= {"projection": layer.projection, "up": layer.up, "down": layer.down}
+        for name, linear in products.items():
+            names = ["weight", "bias"]
+            if isinstance(linear, Int8Linear):
+                names += ["scale", "zero_points"]
+                found[f"layers.{number}.{name}.unit"] = torch.tensor(1.0)
+                found[f"layers.{number}.{name}.centre"] = torch.tensor(linear.centre, dtype=torch.int32)
+            found |= {f"layers.{number}.{name}.{part}": getattr(linear, part) for part in names}
+        for name, norm in (("attention_norm", layer.attention_norm), ("norm", layer.norm)):
+            found |= {f"layers.{number}.{name}.weight": norm.weight, f"layers.{number}.{name}.bias": norm.bias}
+    return {name: tensor.detach() for name, tensor in found.items()}
