@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 from itertools import pairwise
 
 import pytest
@@ -82,9 +81,8 @@ def test_targets_beyond_the_vocabulary_are_told(fill_mask):
     assert [answer["token_str"] for answer in answers] == ["un"]
 
 
-def test_a_corpus_in_batches(fill_masks, corpus_dir):
-    with lzma.open(corpus_dir / "validation.txt.xz", "rt", encoding="utf-8") as file:
-        lines = [line.split() for line in file if 2 < len(line.split()) < 30][:25]
+def test_real_text_in_batches(fill_masks, english):
+    lines = [line.split() for line in english if 2 < len(line.split()) < 30][:25]
     texts = [" ".join([*words[: len(words) // 2], "[MASK]", *words[len(words) // 2 + 1 :]]) for words in lines]
     ours, theirs = fill_masks
     assert same(ours(texts), theirs(texts))

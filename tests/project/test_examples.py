@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 
 from minibert import SentenceEncoder
@@ -16,8 +17,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.mark.slow
 def test_ray_embed(minilm_dir, tmp_path, monkeypatch):
-    pytest.importorskip("ray")
-    parquet = pytest.importorskip("pyarrow.parquet")
     texts = [f"This is text number {i}." for i in range(700)]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")

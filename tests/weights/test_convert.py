@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import sentence_transformers
 import torch
 import transformers
 from test_pretrained import CONFIG, OLD_NAMES, new, weights
@@ -172,7 +173,6 @@ def test_real_checkpoints(tmp_path: Path, minilm_dir: Path, rxnfp_dir: Path) -> 
 
 
 def test_sentence_transformers_opens_what_we_write(tmp_path: Path, minilm_dir: Path) -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
     convert(minilm_dir, tmp_path / "converted")
     minibert.BertModel.from_pretrained(minilm_dir).save_pretrained(tmp_path / "saved")
     minibert.BertTokenizer.from_pretrained(minilm_dir).save_pretrained(tmp_path / "saved")
