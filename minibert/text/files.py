@@ -30,7 +30,7 @@ IGNORED: dict[str, tuple[Any, ...] | None] = {
     "do_basic_tokenize": (True, None), "never_split": (None, [], ()), "push_to_hub": (False,), "backend": None,
     "filename_prefix": (None,), "use_source_tokenizer": None, "chat_template": (None,),
     "special_tokens_map_file": None, "clean_text": (True,), "wordpieces_prefix": ("##",), "keep_accents": None,
-    "use_auth_token": (None, False), "subfolder": (None, ""), "config": None, "gguf_file": (None,), "src_lang": None,
+    "use_auth_token": (None, False), "config": None, "variant": None, "gguf_file": (None,), "src_lang": None,
     "local_dir_use_symlinks": None, "_from_auto": None, "_commit_hash": None, "errors": None,
 }  # fmt: skip
 

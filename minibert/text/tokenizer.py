@@ -129,6 +129,7 @@ class BertTokenizer(Vocabulary):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        subfolder: str | None = None,
         **settings: Any,
     ) -> BertTokenizer:
         """Read tokenizer.json, else vocab.txt, with the settings in tokenizer_config.json and special_tokens_map.json.
@@ -145,6 +146,7 @@ class BertTokenizer(Vocabulary):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
+            subfolder=subfolder,
         )
         arguments = files.load(source.file, settings)
         if arguments is None:

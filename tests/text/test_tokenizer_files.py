@@ -192,3 +192,9 @@ def test_save_refuses_a_file(ours, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="must be a directory"):
         ours.save_pretrained(tmp_path / "file")
+
+
+def test_a_folder_inside(minilm_dir, tmp_path):
+    ours = BertTokenizer.from_pretrained(minilm_dir)
+    ours.save_pretrained(tmp_path / "inner")
+    assert BertTokenizer.from_pretrained(tmp_path, subfolder="inner").get_vocab() == ours.get_vocab()
