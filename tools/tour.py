@@ -30,8 +30,9 @@ from minibert.weights.hub import default_model
 tokenizer = BertTokenizer.from_pretrained(default_model())  # pieces and their ids; the model below starts from nothing
 texts = ["she opened the door with her key .", "he closed the window with his hand .", "they left the house at night ."]
 batch = tokenizer(texts, padding=True, return_tensors="pt")
-config = BertConfig(vocab_size=tokenizer.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                    intermediate_size=128)
+config = BertConfig(
+    vocab_size=tokenizer.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+)
 torch.manual_seed(0)
 model = BertForMaskedLM(config).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
