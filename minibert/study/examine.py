@@ -143,7 +143,7 @@ def _mattered(
 ) -> Facts:
     T, N, H = seen.sizes["T"], len(seen.attentions), seen.sizes["H"]
     with torch.no_grad():
-        answers = log_probabilities(model, inputs)[0]  # (T, V)
+        answers = log_probabilities(model, inputs)  # (T, V)
     at = masked[0] if masked else int(answers.max(-1).values[1:-1].argmin()) + 1 if T > 2 else 0
     target = answers[at].argmax().item()
     scores: dict[str, list[float] | None] = {
@@ -164,7 +164,7 @@ def _mattered(
         for heads in each:
             off = {f"bert.encoder.layer.{layer}.attention.output.dense": zero_head(*heads)}
             with torch.no_grad(), patch(model, off):
-                now = log_probabilities(model, inputs)[0, at]
+                now = log_probabilities(model, inputs, at)
             word = _words(tokenizer, [now.argmax().item()])[0]
             lost_now = (answers[at, target] - now[target]).item()
             ablated.append({"layer": layer, "heads": heads, "lost": lost_now, "word": word})

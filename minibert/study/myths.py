@@ -86,12 +86,13 @@ def _sentence_vector(encoder: nn.Module, tokenizer: BertTokenizer, inputs: Mappi
 def _gelu(model: nn.Module, inputs: Mapping[str, Tensor], facts: Mapping[str, Any]) -> tuple[str, str]:
     x = torch.linspace(-6, 6, 12001, dtype=torch.float64)
     apart = (F.gelu(x) - F.gelu(x, approximate="tanh")).abs().max().item()
-    before, at = log_probabilities(model, inputs)[0], facts["mattered"]["at"]
+    at = facts["mattered"]["at"]
+    before = log_probabilities(model, inputs, at)
     other = {name: nn.GELU(approximate="tanh") for name, _ in model.named_modules() if name.endswith("act_fn")}
     with patch(model, other):
-        after = log_probabilities(model, inputs)[0]
-    change = (after[at].exp() - before[at].exp()).abs().max().item()
-    same = "stays" if after[at].argmax() == before[at].argmax() else "changes"
+        after = log_probabilities(model, inputs, at)
+    change = (after.exp() - before.exp()).abs().max().item()
+    same = "stays" if after.argmax() == before.argmax() else "changes"
     return "GELU by tanh is GELU.", (
         f"They differ by up to {apart:.1e} an element. Put into this model, a word's probability changes by up to "
         f"{change:.1e}; the likeliest word {same}.")  # fmt: skip

@@ -73,12 +73,12 @@ def attribute(
         for layer in weights:
             rolled = (layer + torch.eye(T)) / 2 @ rolled
         return rolled[at]
-    target = log_probabilities(model, inputs)[0, at].argmax().item() if target is None else target
+    target = log_probabilities(model, inputs, at).argmax().item() if target is None else target
     if method == "gradient_x_input":
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
         rest = {name: value for name, value in inputs.items() if name != "input_ids"}
         with torch.enable_grad():
-            answer = log_probabilities(model, {**rest, "inputs_embeds": embeds})[0, at, target]
+            answer = log_probabilities(model, {**rest, "inputs_embeds": embeds}, at)[target]
         return (torch.autograd.grad(answer, embeds)[0] * embeds).sum(-1)[0].detach()  # (1, T, D) -> (T,)
     return leave_out(model, inputs, at, target, [[i] for i in range(T)])
 
@@ -86,23 +86,23 @@ def attribute(
 @torch.no_grad()
 def leave_out(model: nn.Module, inputs: Mapping[str, Any], at: int, target: int, groups: list[list[int]]) -> Tensor:
     """The log-probability of `target` at `at` that is lost when nobody may attend to a group of tokens, one a group."""
-    before = log_probabilities(model, inputs)[0, at, target]
+    before = log_probabilities(model, inputs, at)[target]
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
     lost = []
     for group in groups:
         left = mask.clone()
         left[0, group] = 0
-        lost.append(before - log_probabilities(model, {**inputs, "attention_mask": left})[0, at, target])
+        lost.append(before - log_probabilities(model, {**inputs, "attention_mask": left}, at)[target])
     return torch.stack(lost)
 
 
-def log_probabilities(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Of every word at every token, (B, T, V)."""
+def log_probabilities(model: nn.Module, inputs: Mapping[str, Any], at: int | slice = slice(None)) -> Tensor:
+    """Of every word at one token of the first text, (V,), or at all of them, (T, V)."""
     if not hasattr(getattr(model, "cls", None), "predictions"):
         raise ValueError(f"model: {type(model).__name__} has no MLM head; BertForMaskedLM and BertForPreTraining have")
     output = model(**inputs)
     logits = output.logits if "logits" in output else output.prediction_logits
-    return logits.float().log_softmax(-1)
+    return logits[0, at].float().log_softmax(-1)
 
 
 class zero_head:

@@ -42,6 +42,8 @@ def pages(tmp_path_factory) -> dict[int, Path]:
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     found = {}
+    patch = pytest.MonkeyPatch()
+    patch.setattr("minibert.study.examine.BUDGET", 2e9)
     for length in LENGTHS:
         words = ["[MASK]", "<script>", "document.title", "=", "1", "</script>", "the", "door"]
         text = " ".join(words[i % 8] for i in range(length))
@@ -50,6 +52,7 @@ def pages(tmp_path_factory) -> dict[int, Path]:
         seen, facts = examine(model, tokenizer, text, compare="a [MASK]", reference=False)
         found[length] = tmp_path_factory.mktemp("page") / f"study-{length}.html"
         found[length].write_text(render(seen, facts), encoding="utf-8")
+    patch.undo()
     return found
 
 
