@@ -11,8 +11,7 @@ from torch import Tensor
 
 _KEPT = 65536  # absolute errors of a tensor that the percentile is taken from, evenly spread
 # How much larger than the reference's an error to float64 may be: the multipliers of torch's own `same`
-MULTIPLIER = {torch.float64: 2.0, torch.float32: 2.0}
-HALF_MULTIPLIER = 3.0
+_MULTIPLIER, _HALF_MULTIPLIER = 2.0, 3.0
 
 
 @dataclass
@@ -102,7 +101,8 @@ class Tally:
         """
         if self.broken or self.error is None:
             return self.bits and not self.broken
-        multiplier, floor = MULTIPLIER.get(self.dtype, HALF_MULTIPLIER), self.unit / 2
+        multiplier = _HALF_MULTIPLIER if self.dtype.itemsize < 4 else _MULTIPLIER
+        floor = self.unit / 2
         multiplier *= 1 + 4 / math.sqrt(self._counts["t"])  # of few numbers, a root mean square is a matter of luck
         is_near = self.error <= multiplier * max(self.reference_error, floor)
         return is_near and (not both_ways or self.reference_error <= 10 * max(self.error, 2 * floor))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:92em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.2em .7em;text-align:left}
 td{font-variant-numeric:tabular-nums}code{font-size:.9em;background:#f4f4f4;padding:0 .2em}
 .FAILED,.bug{color:#b00020;font-weight:bold}.PASSED{color:#006d2c;font-weight:bold}"""
