@@ -146,11 +146,11 @@ def compiler_obstacle() -> str:
 @cache
 def _cpu() -> tuple[str, ...]:
     """What code is compiled for: two machines that share a home directory need not share instructions."""
-    facts = [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()]
+    facts = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    except OSError:  # not Linux
+        return (*facts, platform.processor())
     for wanted in ("model name", "flags", "Features"):
         facts += next(([line] for line in lines if line.startswith(wanted)), [])
     return tuple(facts)

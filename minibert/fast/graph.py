@@ -57,8 +57,9 @@ def shape_of(model: BertModel, kernels: Kernels) -> Shape | str:
     if not layers:
         return "the model has no layers"
     kinds = [kernels.linear.__name__, kernels.careful.__name__, kernels.after_gelu.__name__]
-    if not set(kinds) <= set(KINDS):
-        return f"it is for products by oneDNN, not for {kinds[0]}"
+    other = [kind for kind in kinds if kind not in KINDS]
+    if other:
+        return f"it is for products by oneDNN, not for {other[0]}"
     seen = {
         (
             layer.attention.self.query.out_features,

@@ -58,14 +58,18 @@ class CpuPlan:
         """Give the engine a compiled pass, where there is one to be had, and say so."""
         if self.compile is False:
             return "no, as asked"
-        shape = shape_of(model.base_model, self.kernels)
+        # Where torch's own products are the fastest, operation by operation, a graph would still have oneDNN's
+        kernels = _compilable(self.dtype)[-1] if _can_be_prepacked(self.dtype, self.kernels) else self.kernels
+        shape = shape_of(model.base_model, kernels)
         if isinstance(shape, str):
             return f"no, {shape}"
+        if self.compile and kernels != self.kernels:
+            return f"no, {compiled.compiler_obstacle() or 'float32 by oneDNN cannot be had here'}"
         try:
             package = compiled.make(shape, self.receipts) if self.compile else compiled.find(shape)
         except compiled.CannotCompileError as why:
             return f"no, {why}"
-        if package is None:
+        if package is None or kernels != self.kernels:
             seconds, where = compiled.expected_seconds(shape), compiled.directory()
             return (
                 "no, operation by operation; optimize(model, compile=True) makes it one graph, in about "
@@ -197,8 +201,9 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
         reason = speeds.obstacles.get(wanted, f"{speeds.of(wanted):.0f} GFLOP/s, float32 has {speeds.float32:.0f}")
         raise ValueError(f"dtype={wanted!r}: this CPU is slow at it ({reason}); use 'auto' or 'float32'")
     kernels = _kernels(wanted, speeds)
-    if compile and kernels.linear is PlainLinear and speeds.of("float32"):
-        kernels, why = _compilable("float32")[0], f"{why}; oneDNN's products, which can be compiled"
+    can_compile = compile and speeds.of("float32") and not compiled.compiler_obstacle()
+    if can_compile and _can_be_prepacked(wanted, kernels):
+        kernels, why = _compilable(wanted)[-1], f"{why}; float32 by oneDNN, which can be compiled"
     if kernels.careful is not kernels.linear:
         why += f"; values and heads on {kernels.careful.__name__}, attention in {NAMES[kernels.attention]}"
     if wanted == "int8" and weight_levels() < 127:
@@ -222,6 +227,11 @@ def _compilable(name: str) -> list[Kernels]:
     if name == "int8":
         return [_int8(Bfloat16Linear), _int8(PrepackedLinear)]
     return [] if name == "auto" else [_all(getattr(torch, name), PrepackedLinear)]
+
+
+def _can_be_prepacked(name: str, kernels: Kernels) -> bool:
+    """Whether torch's own products in float32 stand where oneDNN's could."""
+    return name in ("float32", "int8") and PlainLinear in (kernels.linear, kernels.careful)
 
 
 def _int8(careful: type[Linear]) -> Kernels:

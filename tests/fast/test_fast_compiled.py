@@ -63,7 +63,7 @@ def empty_cache(tmp_path, monkeypatch):
             file.write(b"no package")
         return SimpleNamespace(returncode=0, stderr="")
 
-    monkeypatch.setattr(compiled.subprocess, "run", run)
+    monkeypatch.setattr(compiled, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(compiled, "compiler_obstacle", lambda: "")
     return runs
 
@@ -227,7 +227,7 @@ def test_what_it_will_cost_is_said_before(empty_cache, caplog):
 def test_by_default_nothing_is_compiled_and_the_receipt_says_how(empty_cache):
     fast = optimize(small())
     assert not empty_cache
-    assert "operation by operation" in fast.explain() or "PlainLinear" in fast.explain()
+    assert "operation by operation" in fast.explain()
     with pytest.raises(ValueError, match="compile='yes'"):
         optimize(small(), compile="yes")
 
@@ -263,7 +263,7 @@ def test_the_compiler_is_looked_for(monkeypatch):
 @needs_onednn
 def test_a_compiler_that_fails(empty_cache, monkeypatch):
     failed = SimpleNamespace(returncode=1, stderr="Traceback\nCppCompileError: no such header")
-    monkeypatch.setattr(compiled.subprocess, "run", lambda command, **kwargs: failed)
+    monkeypatch.setattr(compiled, "subprocess", SimpleNamespace(run=lambda command, **kwargs: failed))
     fast = optimize(small(), compile=True)
     assert "the compiler failed: CppCompileError: no such header" in fast.explain()
     assert not list(compiled.directory().glob("*.pt2"))
