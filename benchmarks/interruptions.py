@@ -24,10 +24,8 @@ from pathlib import Path
 
 import torch
 
-from minibert.pretraining.vocabulary import train_vocab
-
 OPTIONS = (
-    "--layers 2 --hidden-size 64 --max-length 32 --rows 8 --log-every 1 --save-every 7 "
+    "--vocab-size 120 --layers 2 --hidden-size 64 --max-length 32 --rows 8 --log-every 1 --save-every 7 "
     "--validate-every 50 --validation-rows 16 --learning-rate 1e-3 --packed"
 ).split()
 PATIENCE = 120  # seconds until a run counts as hanging
@@ -38,11 +36,6 @@ def write_text(path: Path) -> None:
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(200)]
     documents = ["\n".join(" ".join(draw.choices(words, k=8)) + "." for _ in range(8)) for _ in range(60)]
     path.write_text("\n\n".join(documents))
-
-
-def vocabulary(text: Path) -> Path:
-    """One for both runs: two trainings on the same text may break ties differently."""
-    return train_vocab(text, text.with_name("vocab.txt"), vocab_size=120, progress=False)
 
 
 def start(*arguments: object, processes: int = 1) -> subprocess.Popen[str]:
@@ -114,7 +107,7 @@ def compare(one: Path, other: Path) -> None:
 def sigterm(directory: Path, moments: int, steps: int, draw: random.Random) -> None:
     text, whole, broken = directory / "text.txt", directory / "whole", directory / "broken"
     write_text(text)
-    began = [text, "--validation", text, "--vocab", vocabulary(text), *OPTIONS, "--steps", steps]
+    began = [text, "--validation", text, *OPTIONS, "--steps", steps]
     assert ended(start(*began, "--output", whole, processes=2), "the whole run")[0] == 0
     for moment in range(moments):
         targets = [(0,), (1,), (0, 1)][moment % 3]
@@ -140,7 +133,7 @@ def sigterm(directory: Path, moments: int, steps: int, draw: random.Random) -> N
 def sigkill(directory: Path, moments: int, steps: int, draw: random.Random, disk: Path) -> None:
     text, whole, broken, filler = directory / "text.txt", directory / "whole", disk / "broken", disk / "filler"
     write_text(text)
-    began = [text, "--validation", text, "--vocab", vocabulary(text), *OPTIONS, "--steps", steps]
+    began = [text, "--validation", text, *OPTIONS, "--steps", steps]
     assert ended(start(*began, "--output", whole), "the whole run")[0] == 0
     for moment in range(moments):
         full = moment % 4 == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,23 +34,28 @@ def train_vocab(
     """Train a WordPiece vocabulary on text files and write it as `vocab.txt`, one piece a line, special tokens first.
 
     Words are split as BERT splits them (white space, punctuation, CJK characters). Characters beyond the
-    `limit_alphabet` most frequent ones become [UNK]. By default the alphabet has at least 1000 of them, and in a script
-    of thousands as many as it takes to leave out one character in 2000 at most.
+    `limit_alphabet` most frequent ones become [UNK]. By default the alphabet has up to 1000 of them, and in a script of
+    thousands as many as it takes to leave out one character in 2000 at most. The same text gives the same vocabulary.
 
     Raises ValueError for a size that has no room, FileNotFoundError and ValueError for files that are no text.
     """
     check_sizes(vocab_size, limit_alphabet)
     paths = check_texts(files)
-    if limit_alphabet is None:
-        limit_alphabet = max(SMALLEST_ALPHABET, min(alphabet_size(paths), vocab_size // 2))
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    characters = _characters(paths, tokenizer.normalizer)
+    if limit_alphabet is None:
+        limit_alphabet = max(SMALLEST_ALPHABET, min(_needed(characters), vocab_size // 2))
+    alphabet = list(characters)[:limit_alphabet]
+    # Named in this order they get the same numbers each time, by which the trainer breaks ties
+    continuing = [f"##{char}" for char in sorted(alphabet) if _goes_on(char, tokenizer)]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        limit_alphabet=limit_alphabet,
-        special_tokens=list(SPECIAL_TOKENS),
+        limit_alphabet=len(alphabet),
+        initial_alphabet=alphabet,
+        special_tokens=[*SPECIAL_TOKENS, *continuing],
         show_progress=sys.stderr.isatty() if progress is None else progress,
     )
     lines = (line for block in blocks(paths, _BLOCK) for line in block.text().split("\n"))
@@ -61,14 +67,28 @@ def train_vocab(
     return path
 
 
-def alphabet_size(paths: list[Path], covered: float = COVERED) -> int:
-    """How many different characters make up this share of a text, white space aside."""
+def _characters(paths: list[Path], normalizer: normalizers.Normalizer) -> dict[str, int]:
+    """How often each character occurs in a text as the tokenizer sees it, without blanks; the most frequent first."""
     counts = np.zeros(0x110000, np.int64)
     for block in blocks(paths, _BLOCK):
         counts += np.bincount(np.frombuffer(block.text().encode("utf-32-le"), np.uint32), minlength=len(counts))
-    counts[[ord(space) for space in " \t\r\n\u3000"]] = 0
-    ordered = np.sort(counts[counts > 0])[::-1]
-    return int(np.searchsorted(np.cumsum(ordered), covered * ordered.sum()) + 1)
+    found: Counter[str] = Counter()
+    for code in np.flatnonzero(counts).tolist():
+        for char in normalizer.normalize_str(chr(code)):
+            if not char.isspace():
+                found[char] += int(counts[code])
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _needed(characters: dict[str, int]) -> int:
+    """How many of the characters make up the share of the text that its alphabet must have."""
+    sums = np.cumsum(list(characters.values()))
+    return int(np.searchsorted(sums, COVERED * sums[-1]) + 1) if len(sums) else 0
+
+
+def _goes_on(char: str, tokenizer: Tokenizer) -> bool:
+    """Whether a character may stand within a word, as punctuation and Chinese may not."""
+    return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(f"a{char}a"))) == 1
 
 
 def check_sizes(vocab_size: int, limit_alphabet: int | None) -> None:

@@ -279,6 +279,21 @@ def test_a_script_of_thousands_of_characters(tmp_path):
         build(path, tmp_path / "limited", limited)
 
 
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_the_same_text_gives_the_same_vocabulary(text, tmp_path, lowercase):
+    """Many words are as frequent as others: ties must not be broken by chance, or a run begun anew would be another."""
+    draw = np.random.default_rng(0)
+    words = ["".join(draw.choice(list("abcdefghijAÉß中文-")) for _ in range(6)) for _ in range(300)]
+    text.write_text("\n".join(" ".join(words[i : i + 10]) for i in range(0, 300, 10)) * 2, encoding="utf-8")
+    options = {"vocab_size": 150, "lowercase": lowercase, "progress": False}
+    vocabularies = {train_vocab(text, tmp_path / str(i), **options).read_bytes() for i in range(6)}
+    assert len(vocabularies) == 1
+    pieces = vocabularies.pop().decode().split("\n")[:-1]
+    assert len(pieces) == len(set(pieces)) == 150
+    assert not {"##中", "##-"} & set(pieces)
+    assert ("##É" in pieces) == (not lowercase)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
