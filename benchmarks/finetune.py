@@ -40,6 +40,7 @@ from minibert.finetuning.scores import ranking_scores
 from minibert.pipelines import pipeline
 from minibert.weights import hub
 
+DEFAULTS = {"halves": (3000, 3e-4), "questions": (600, 5e-4), "definitions": (2500, 5e-4)}  # examples, learning rate
 Found = dict[str, dict[str, list[float]]]  # contender -> score -> one value a seed
 
 
@@ -79,6 +80,10 @@ def bag_of_words(train: list[Example], validation: list[Example], test: list[Exa
     return best[1]
 
 
+def _shape(what: str, train: list[Any], validation: list[Any], test: list[Any]) -> str:
+    return f"{len(train)} {what} to learn from, {len(validation)} to choose by, {len(test)} to test on"
+
+
 def write_table(path: Path, header: Example, examples: list[Example]) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *examples])
@@ -110,8 +115,8 @@ def finetuned(
 
 def halves(arguments: argparse.Namespace, folder: Path) -> tuple[str, Found]:
     train = data.halves(arguments.corpus / "train.txt.xz", arguments.train, 0)
-    held_out = data.halves(arguments.corpus / "validation.txt.xz", arguments.validation + arguments.test, 1)
-    validation, test = held_out[: arguments.validation], held_out[arguments.validation :]
+    held_out = data.halves(arguments.corpus / "validation.txt.xz", 3000, 1)
+    validation, test = held_out[:1000], held_out[1000:]
     files = {name: write_table(folder / f"{name}.csv", ("text", "label"), examples)
              for name, examples in (("train", train), ("validation", validation))}  # fmt: skip
 
@@ -120,7 +125,7 @@ def halves(arguments: argparse.Namespace, folder: Path) -> tuple[str, Found]:
         right = [answer["label"] == label for answer, (_, label) in zip(answers, test, strict=True)]
         return {"accuracy": mean(right)}
 
-    return "halves of sentences", {
+    return _shape("halves of sentences", train, validation, test), {
         "majority": {"accuracy": [max(Counter(label for _, label in test).values()) / len(test)]},
         "bag of words": {"accuracy": [bag_of_words(train, validation, test, 1)]},
         "bag of words and pairs": {"accuracy": [bag_of_words(train, validation, test, 2)]},
@@ -135,8 +140,8 @@ def questions(arguments: argparse.Namespace, folder: Path) -> tuple[str, Found]:
     persons = data.people(arguments.corpus / "train.txt.xz")
     kept = len(persons) * 3 // 4
     train = data.questions(persons[:kept], arguments.train, 0)
-    held_out = data.questions(persons[kept:], arguments.validation + arguments.test, 1)
-    validation, test = held_out[: arguments.validation], held_out[arguments.validation :]
+    held_out = data.questions(persons[kept:], 400, 1)
+    validation, test = held_out[:100], held_out[100:]
     files = {name: data.write_json_lines(folder / f"{name}.jsonl", examples)
              for name, examples in (("train", train), ("validation", validation))}  # fmt: skip
     right = [[answer["text"] for answer in each["answers"]] for each in test]
@@ -149,11 +154,11 @@ def questions(arguments: argparse.Namespace, folder: Path) -> tuple[str, Found]:
     def listed(scores: dict[str, float]) -> dict[str, list[float]]:
         return {name: [value] for name, value in scores.items()}
 
-    return "questions about people", {
+    return _shape("questions", train, validation, test), {
         "never an answer": listed(answer_scores([""] * len(test), right)),
         "first year of the passage": listed(answer_scores([_first_year(each["context"]) for each in test], right)),
         "first year of the sentence most alike": listed(answer_scores([_overlap(each) for each in test], right)),
-        "minibert finetune": finetuned("question-answering", files, arguments, score, ["--doc-stride", "32"]),
+        "minibert finetune": finetuned("question-answering", files, arguments, score, ["--batch-size", "16"]),
     }
 
 
@@ -173,7 +178,7 @@ def _overlap(question: dict[str, Any]) -> str:
 
 
 def definitions(arguments: argparse.Namespace, folder: Path) -> tuple[str, Found]:
-    train = data.definitions(arguments.corpus / "train.txt.xz", arguments.pairs, 0)
+    train = data.definitions(arguments.corpus / "train.txt.xz", arguments.train, 0)
     held_out = data.definitions(arguments.corpus / "validation.txt.xz", 1000, 1)
     validation, test = held_out[:300], held_out[300:]
     files = {name: write_table(folder / f"{name}.csv", ("text", "text_pair"), pairs)
@@ -187,11 +192,11 @@ def definitions(arguments: argparse.Namespace, folder: Path) -> tuple[str, Found
     def listed(scores: dict[str, float]) -> dict[str, list[float]]:
         return {name: [value] for name, value in scores.items()}
 
-    return f"definitions to words, {len(test)} candidates", {
+    return _shape("definitions", train, validation, test), {
         "words in common (tf-idf)": listed(tf_idf(train, test, analyzer="word")),
         "letters in common (tf-idf)": listed(tf_idf(train, test, analyzer="char_wb", ngram_range=(3, 5))),
         "the model before, mean pooling": listed(score(arguments.model)),
-        "minibert finetune": finetuned("sentence-pairs", files, arguments, score, ["--batch-size", "64"]),
+        "minibert finetune": finetuned("sentence-pairs", files, arguments, score, ["--batch-size", "32"]),
     }
 
 
@@ -211,18 +216,16 @@ def main() -> None:
     parser.add_argument("--model", default=hub.default_model(), help="a directory or a name on the Hub")
     parser.add_argument("--corpus", type=Path, default=Path(__file__).parents[2] / "shared" / "corpus")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train", type=int, default=3000, help="examples")
-    parser.add_argument("--validation", type=int, default=1000, help="examples")
-    parser.add_argument("--test", type=int, default=2000, help="examples")
-    parser.add_argument("--pairs", type=int, default=10000, help="definitions to learn from")
+    parser.add_argument("--train", type=int, help="examples to learn from; by default as the results were made")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, help="the default is the task's")
     arguments = parser.parse_args()
     for task in arguments.task:
+        count, rate = DEFAULTS[task]
+        chosen = {"train": arguments.train or count, "learning_rate": arguments.learning_rate or rate}
         with tempfile.TemporaryDirectory() as folder:
-            what, found = tasks[task](arguments, Path(folder))
-        learnt = arguments.pairs if task == "definitions" else arguments.train
-        report(f"{what}, {learnt} to learn from", found)
+            what, found = tasks[task](argparse.Namespace(**{**vars(arguments), **chosen}), Path(folder))
+        report(what, found)
 
 
 def report(shape: str, found: Found) -> None:

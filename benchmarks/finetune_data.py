@@ -18,7 +18,7 @@ PERSON = re.compile(r"^([A-Z][^\W\d]+), ([A-Z][^.,;:()\d]{2,40}) \((\d{4})-(\d{4
 QUESTIONS = ("When was {} born?", "When did {} die?", "What was {}?")
 DEFINITION = re.compile(r"^([A-Z][A-Za-z -]+(?:, [A-Za-z -]+)*): ([a-z(][^\":]{15,200}\.)$")  # WordNet's lines
 MOST_WORDS = 4  # that are defined together
-LONGEST_PASSAGE = 140  # characters of what is said about a person
+LONGEST_PASSAGE = 120  # characters of what is said about a person
 
 
 def lines(path: Path, count: int | None) -> list[str]:
