@@ -17,6 +17,8 @@ from minibert import cli, pipeline
 from minibert.finetuning.examples import read_texts
 from minibert.finetuning.loop import FineTuning
 from minibert.finetuning.options import FineTuneSettings
+from minibert.finetuning.question_answering import QuestionAnswering
+from minibert.finetuning.sentence_pairs import SentencePairs
 from minibert.finetuning.start import open_model
 from minibert.finetuning.tasks import Classification, Tagging, predict
 
@@ -231,6 +233,30 @@ def test_what_a_new_head_takes_over(start, trained):
     heads = [open_model(Classification(), str(start), ["a", "b"], seed).model.classifier.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
+
+
+def test_other_tags_get_a_new_head(start, tmp_path):
+    names = ["O", "B-A", "I-A"]
+    fields = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    source = minibert.BertForTokenClassification.from_pretrained(start, **fields)
+    source.save_pretrained(tmp_path / "tagger")
+    minibert.BertTokenizer.from_pretrained(start).save_pretrained(tmp_path / "tagger")
+    for labels, kept in ((["O", "B-B", "I-B"], False), (["O", "B-A"], True), (["O", "B-A", "I-A", "B-B"], False)):
+        begin = open_model(Tagging(), str(tmp_path / "tagger"), labels, 0)
+        assert torch.equal(begin.model.classifier.weight, source.classifier.weight) == kept
+        assert list(begin.label_ids) == (names if kept else labels)
+
+
+@pytest.mark.parametrize("task", [Classification(), Tagging(), QuestionAnswering(), SentencePairs()])
+def test_every_start_is_in_float32(start, tmp_path, task):
+    """Also where the head is the model's own."""
+    labels = None if isinstance(task, (QuestionAnswering, SentencePairs)) else ["a", "b"]
+    fields = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": {"a": 0, "b": 1}}
+    task.model_class.from_pretrained(start, dtype=torch.bfloat16, **fields).save_pretrained(tmp_path / "half")
+    minibert.BertTokenizer.from_pretrained(start).save_pretrained(tmp_path / "half")
+    begin = open_model(task, str(tmp_path / "half"), labels, 0)
+    assert {parameter.dtype for parameter in begin.model.parameters()} == {torch.float32}
+    assert begin.head == ("none: mean pooling" if isinstance(task, SentencePairs) else "the model's own")
 
 
 def test_a_checkpoint_without_a_pooler_gets_one(tmp_path, caplog):

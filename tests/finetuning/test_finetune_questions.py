@@ -166,14 +166,14 @@ def test_errors_in_files_of_questions(start, tmp_path, name, content, message, c
     assert not (tmp_path / "run").exists()
 
 
-def test_windows_and_their_targets(start, tmp_path):
-    """Every window that holds the whole answer points at it, all others at [CLS]; together they are the context."""
+@pytest.mark.parametrize("before", range(24, 33))
+def test_windows_and_their_targets(start, tmp_path, before):
+    """Every window that holds the whole answer points at it, all others at [CLS], also those that hold half of it."""
     words = ["sun", "rain", "day", "sky", "cat", "dog", "bird"] * 8
-    context = " ".join([*words[:30], "paris london", *words[30:]])
+    context = " ".join([*words[:before], "paris london", *words[before:]])
     path = squad(tmp_path / "a.json", paragraph(context, ("tom", "paris london"), ("sarah",)))
     task, tokenizer = QuestionAnswering(doc_stride=4), minibert.BertTokenizer.from_pretrained(start)
-    questions = task.read(path)
-    rows = task.encode(questions, tokenizer, {}, 16)
+    rows = task.encode(task.read(path), tokenizer, {}, 16)
     wanted = tokenizer("paris london", add_special_tokens=False)["input_ids"]
     found = 0
     for ids, types, (first, last) in zip(rows.input_ids, rows.token_type_ids, rows.targets, strict=True):
@@ -183,9 +183,10 @@ def test_windows_and_their_targets(start, tmp_path):
         assert ids[first : last + 1] == (wanted if holds else [tokenizer.cls_token_id])
         found += holds
     assert found >= 1
-    half = rows.input_ids[: len(rows) // 2]
-    covered = [token for ids in half for token in ids[3:-1][(4 if ids is not half[0] else 0) :]]
-    assert covered == tokenizer(context, add_special_tokens=False)["input_ids"]
+    parts = [ids[3:-1] for ids in rows.input_ids[: len(rows) // 2]]  # of the first question
+    assert [*parts[0], *(token for part in parts[1:] for token in part[4:])] == tokenizer(
+        context, add_special_tokens=False
+    )["input_ids"]
 
 
 def test_windows_are_the_pipelines(tmp_path):
