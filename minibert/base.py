@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from minibert.compat.models import HubModel
 from minibert.config import BertConfig
 from minibert.outputs import ModelOutput
 from minibert.weights.pretrained import Pretrained
+
+Output = TypeVar("Output", bound=ModelOutput)
 
 
 class BertPreTrainedModel(HubModel, Pretrained):
@@ -60,7 +62,7 @@ class BertPreTrainedModel(HubModel, Pretrained):
         word_embeddings = getattr(getattr(self.base_model, "embeddings", None), "word_embeddings", None)
         return isinstance(module, nn.Linear) and module.weight is getattr(word_embeddings, "weight", None)
 
-    def finish(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple[Any, ...]:
+    def finish(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
         """The record itself, or the tuple of its fields where the call or the config asks for one."""
         as_record = self.config.return_dict if return_dict is None else return_dict
         return output if as_record else output.to_tuple()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -23,16 +23,17 @@ class ModelOutput(dict[str, Any]):
     """
 
     unlisted: ClassVar[tuple[str, ...]] = ()  # fields reached as attributes only
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # of every class below, by `record`
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
     __ne__ = object.__ne__
 
     def __post_init__(self) -> None:
-        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
-        first = getattr(self, names[0])
+        name = fields(self)[0].name
+        first = getattr(self, name)
         if isinstance(first, (Mapping, Iterator, list, tuple)):
-            setattr(self, names[0], None)
+            setattr(self, name, None)
             self.update(dict(first))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -89,9 +90,10 @@ class ModelOutput(dict[str, Any]):
         return copy.copy(self)
 
 
+@dataclass_transform(eq_default=False)
 def record(cls: Record) -> Record:
     """A dataclass that torch can look into: torch.export, FSDP and torch.compile find the tensors inside."""
-    cls = dataclass(eq=False, repr=False)(cls)
+    dataclass(eq=False, repr=False)(cls)  # changes the class itself
     pytree.register_dataclass(cls)
     return cls
 

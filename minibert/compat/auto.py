@@ -3,92 +3,94 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NoReturn
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import minibert
 
+M = TypeVar("M")
 
-class _Auto:
-    """A class that is never made: `from_pretrained` and `from_config` make a model of the class `makes`."""
 
-    makes: str
+class _Auto(Generic[M]):
+    """A class that is never made: `from_pretrained` and `from_config` make what the class `makes` is."""
+
+    makes: ClassVar[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(name_or_path)")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> M:
         """As that of the class; raises the same errors."""
         return getattr(minibert, cls.makes).from_pretrained(pretrained_model_name_or_path, **options)
 
 
-class _AutoModel(_Auto):
+class _AutoModel(_Auto[M]):
     @classmethod
-    def from_config(cls, config: Any, **options: Any) -> Any:
+    def from_config(cls, config: Any, **options: Any) -> M:
         """A new model, its weights initialised, of a copy of the config. Takes `dtype` and `attn_implementation`."""
         return getattr(minibert, cls.makes)._from_config(config, **options)
 
 
-class AutoConfig(_Auto):
+class AutoConfig(_Auto["minibert.BertConfig"]):
     """BertConfig by transformers' general name."""
 
     makes = "BertConfig"
 
     @classmethod
-    def for_model(cls, model_type: str, **fields: Any) -> Any:
+    def for_model(cls, model_type: str, **fields: Any) -> minibert.BertConfig:
         """A new config. Raises ValueError for any type but "bert"."""
         return minibert.BertConfig(model_type=model_type, **fields)
 
 
-class AutoTokenizer(_Auto):
+class AutoTokenizer(_Auto["minibert.BertTokenizer"]):
     """BertTokenizer by transformers' general name."""
 
     makes = "BertTokenizer"
 
 
-class AutoModel(_AutoModel):
+class AutoModel(_AutoModel["minibert.BertModel"]):
     """BertModel by transformers' general name."""
 
     makes = "BertModel"
 
 
-class AutoModelForPreTraining(_AutoModel):
+class AutoModelForPreTraining(_AutoModel["minibert.BertForPreTraining"]):
     """BertForPreTraining by transformers' general name."""
 
     makes = "BertForPreTraining"
 
 
-class AutoModelForMaskedLM(_AutoModel):
+class AutoModelForMaskedLM(_AutoModel["minibert.BertForMaskedLM"]):
     """BertForMaskedLM by transformers' general name."""
 
     makes = "BertForMaskedLM"
 
 
-class AutoModelForNextSentencePrediction(_AutoModel):
+class AutoModelForNextSentencePrediction(_AutoModel["minibert.BertForNextSentencePrediction"]):
     """BertForNextSentencePrediction by transformers' general name."""
 
     makes = "BertForNextSentencePrediction"
 
 
-class AutoModelForSequenceClassification(_AutoModel):
+class AutoModelForSequenceClassification(_AutoModel["minibert.BertForSequenceClassification"]):
     """BertForSequenceClassification by transformers' general name."""
 
     makes = "BertForSequenceClassification"
 
 
-class AutoModelForTokenClassification(_AutoModel):
+class AutoModelForTokenClassification(_AutoModel["minibert.BertForTokenClassification"]):
     """BertForTokenClassification by transformers' general name."""
 
     makes = "BertForTokenClassification"
 
 
-class AutoModelForQuestionAnswering(_AutoModel):
+class AutoModelForQuestionAnswering(_AutoModel["minibert.BertForQuestionAnswering"]):
     """BertForQuestionAnswering by transformers' general name."""
 
     makes = "BertForQuestionAnswering"
 
 
-class AutoModelForMultipleChoice(_AutoModel):
+class AutoModelForMultipleChoice(_AutoModel["minibert.BertForMultipleChoice"]):
     """BertForMultipleChoice by transformers' general name."""
 
     makes = "BertForMultipleChoice"

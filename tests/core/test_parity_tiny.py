@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from reference import HEADS, TINY, assert_same, batch_for, masks, twins
+from reference import HEADS, TINY, assert_as_exact, assert_same, batch_for, masks, twins
 
 from minibert.activations import ACTIVATIONS
 from minibert.inputs import kernel_mask
@@ -94,8 +94,9 @@ def test_attention_maps_equal_eager(mask):
     added = None if boolean is None else torch.where(boolean, 0.0, torch.finfo(torch.float32).min)
     for layer, state, attention_map in zip(eager.encoder.layer, actual.hidden_states, actual.attentions, strict=False):
         assert torch.equal(layer.attention.self(state, added)[1], attention_map)
-    for a, b in zip(expected.attentions, actual.attentions, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    exact = eager.double()(**inputs, attention_mask=attention_mask, output_attentions=True).attentions
+    for theirs, found, true in zip(expected.attentions, actual.attentions, exact, strict=True):
+        assert_as_exact(found, theirs, true)
 
 
 def test_asking_for_maps_does_not_change_the_rest():
