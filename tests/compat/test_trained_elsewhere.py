@@ -74,8 +74,10 @@ def losses(run: transformers.Trainer) -> list[float]:
 def test_a_trainer_run(tmp_path):
     """Trained, evaluated, saved, resumed from the middle, and opened again by either library."""
     reference, ours = pair()
-    runs = [trainer(model, tmp_path / name) for name, model in (("theirs", reference), ("ours", ours))]
-    results = [run.train() for run in runs]
+    runs, results = [], []
+    for name, model in (("theirs", reference), ("ours", ours)):
+        runs.append(trainer(model, tmp_path / name))  # which sets the seed
+        results.append(runs[-1].train())
     assert results[0].training_loss == results[1].training_loss
     assert losses(runs[0]) == losses(runs[1])
     assert len(losses(runs[1])) == STEPS
@@ -100,6 +102,14 @@ def test_a_trainer_run_with_gradient_checkpointing(tmp_path):
     for name, model in (("theirs", reference), ("ours", ours)):
         trainer(model, tmp_path / name, gradient_checkpointing=True).train()
     assert equal_weights(reference, ours)
+
+
+def test_checkpointing_of_some_layers_is_refused():
+    _, ours = pair()
+    for options in ({"every_n_layers": 2}, {"offload": True}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            ours.gradient_checkpointing_enable(**options)
+    assert not ours.is_gradient_checkpointing
 
 
 def test_masked_words_by_the_data_collator(tmp_path, minilm_dir):
