@@ -9,8 +9,7 @@ const svgNode = (name, attributes = {}, text = "") => {
   node.textContent = text;
   return node;
 };
-let bytes;
-
+let bytes; // the payload, unpacked
 async function unpack() {
   const packed = Uint8Array.from(atob($("payload").textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -186,10 +185,9 @@ function selftest() {
 
 async function start() {
   document.documentElement.classList.add("script");
-  const fill = (id, names) => $(id).append(...names.map((name, i) => new Option(name, i)));
-  fill("layer", Array.from({ length: layers }, (_, i) => i + 1));
-  fill("head", Array.from({ length: heads }, (_, i) => i + 1));
-  for (const id of ["token", "key"]) fill(id, tokens.map((name, i) => `${i} ${name}`));
+  const count = (size) => Array.from({ length: size }, (_, i) => i + 1), names = tokens.map((name, i) => `${i} ${name}`);
+  for (const [id, values] of Object.entries({ layer: count(layers), head: count(heads), token: names, key: names }))
+    $(id).append(...values.map((name, i) => new Option(name, i)));
   for (const id of ["layer", "head", "token", "key"]) $(id).onchange = () => go({ [id]: $(id).value });
   $("find").oninput = () => document.querySelectorAll(".names tbody tr").forEach((row) => { row.hidden = !row.textContent.toLowerCase().includes($("find").value.toLowerCase()); });
   document.querySelectorAll(".chip").forEach((chip, i) => { chip.onclick = (event) => { event.preventDefault(); go({ token: i }); }; });
