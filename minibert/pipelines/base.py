@@ -129,7 +129,8 @@ class Pipeline:
         if not self.fast:
             return self.model
         with self._lock:
-            if self._optimized is None or self._optimized[0].change():
+            held, runner = self._optimized or (None, None)
+            if held is None or (runner is not self.model and held.change()):  # the plain model is right for good
                 self._optimized = Held(self.model), self._optimize()
             return self._optimized[1]
 

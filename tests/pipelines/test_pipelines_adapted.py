@@ -1,0 +1,149 @@
+"""Ready models that do more than their class: what hooks, adapters and subclasses compute is in the answers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from pipeline_case import same, tiny
+from torch import nn
+
+import minibert
+from minibert.heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
+from minibert.pipelines import pipeline
+
+TEXTS = ["Sarah lives in London.", "It was an unbelievably fine day."]
+
+
+@pytest.fixture(scope="module")
+def classifier(minilm_dir):
+    return tiny("BertForSequenceClassification", minilm_dir, 0, num_labels=3)[0]
+
+
+class Doubled(nn.Module):
+    """A layer in place of another, as adapters put it there."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+class ShiftedClassifier(BertForSequenceClassification):
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        output.logits = output.logits + torch.tensor([5.0, 0.0, 0.0])
+        return output
+
+
+class MaskedByHand(BertForMaskedLM):
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        output.logits = output.logits.roll(1, -1)
+        return output
+
+
+def adapted(model):
+    layer = model.bert.encoder.layer[0].attention.self
+    layer.query = Doubled(layer.query)
+    return model
+
+
+def hooked(model):
+    model.bert.encoder.layer[1].register_forward_hook(lambda module, inputs, output: output + 1.0)
+    return model
+
+
+def hooked_at_the_top(model):
+    def shift(module, inputs, output):
+        output.logits = output.logits + torch.tensor([0.0, 3.0, 0.0])
+        return output
+
+    model.register_forward_hook(shift)
+    return model
+
+
+def subclassed(model):
+    model.__class__ = ShiftedClassifier
+    return model
+
+
+def expected(model, tokenizer, texts):
+    with torch.inference_mode():
+        logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    return [row.softmax(-1).max().item() for row in logits]
+
+
+@pytest.mark.parametrize(
+    ("change", "used_before"),
+    [(adapted, True), (hooked, True), (hooked_at_the_top, False), (subclassed, False)],
+)
+@pytest.mark.filterwarnings("ignore:.*plain model.*")
+def test_what_a_model_does_beside_its_class_is_done(classifier, change, used_before):
+    model, tokenizer = copy.deepcopy(classifier[0]), classifier[1]
+    classify = pipeline("text-classification", model, tokenizer)
+    if used_before:
+        classify(TEXTS)
+    change(model)
+    scores = [answer["score"] for answer in classify(TEXTS)]
+    assert scores == pytest.approx(expected(model, tokenizer, TEXTS), abs=1e-5)
+    assert scores != pytest.approx(expected(*classifier, TEXTS), abs=1e-4)
+
+
+def test_a_masked_word_model_of_ones_own(minilm_dir):
+    (model, tokenizer), _ = tiny("BertForMaskedLM", minilm_dir, 0)
+    text = "a [MASK] here"
+    base = pipeline("fill-mask", model, tokenizer, fast=False)(text)[0]
+    model.__class__ = MaskedByHand
+    for fast in (None, False):
+        with pytest.warns(UserWarning, match="plain model") if fast is None else contextlib.nullcontext():
+            found = pipeline("fill-mask", model, tokenizer, fast=fast)(text)[0]
+        assert found["token"] == (base["token"] + 1) % 30522
+
+
+def test_the_plain_path_is_told_once_and_refused_if_the_fast_one_is_insisted_on(classifier):
+    model, tokenizer = hooked(copy.deepcopy(classifier[0])), classifier[1]
+    classify = pipeline("text-classification", model, tokenizer)
+    with pytest.warns(UserWarning, match="text-classification computes on the plain model: ") as told:  # noqa: PT031
+        for _ in range(2):
+            classify(TEXTS)
+    assert len(told) == 1
+    with pytest.raises(TypeError):
+        pipeline("text-classification", model, tokenizer, fast=True)(TEXTS)
+
+
+def test_a_peft_model(classifier):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = copy.deepcopy(classifier[0]), classifier[1]
+    config = peft.LoraConfig(target_modules=["query", "value"], init_lora_weights=False, task_type="SEQ_CLS")
+    wrapped = peft.get_peft_model(model, config).eval()
+    with pytest.warns(UserWarning, match="plain model"):
+        scores = [answer["score"] for answer in pipeline("text-classification", wrapped, tokenizer)(TEXTS)]
+    assert scores == pytest.approx(expected(wrapped, tokenizer, TEXTS), abs=1e-5)
+    with pytest.warns(UserWarning, match="plain model"):  # the model that was changed in place
+        assert pipeline("text-classification", model, tokenizer)(TEXTS)[0]["score"] == pytest.approx(scores[0])
+
+
+def test_a_neighbouring_text_does_not_matter_to_a_model_of_ones_own(minilm_dir):
+    class Tagger(BertForTokenClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.lstm = nn.LSTM(config.hidden_size, config.hidden_size // 2, bidirectional=True, batch_first=True)
+
+        def forward(self, input_ids, attention_mask=None, token_type_ids=None, **options):
+            states = self.bert(input_ids, attention_mask, token_type_ids).last_hidden_state
+            packed = nn.utils.rnn.pack_padded_sequence(
+                states, attention_mask.sum(-1), batch_first=True, enforce_sorted=False
+            )
+            states = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+            return minibert.outputs.LogitsOutput(logits=self.classifier(states))
+
+    (plain, tokenizer), _ = tiny("BertForTokenClassification", minilm_dir, 0)
+    tag = pipeline("ner", Tagger(plain.config).eval(), tokenizer, ignore_labels=[])
+    with pytest.warns(UserWarning, match="plain model"):
+        together = tag(TEXTS)
+    assert same(together, [tag(text) for text in TEXTS], 1e-5)
