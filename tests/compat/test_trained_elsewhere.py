@@ -74,8 +74,10 @@ def losses(run: transformers.Trainer) -> list[float]:
 def test_a_trainer_run(tmp_path):
     """Trained, evaluated, saved, resumed from the middle, and opened again by either library."""
     reference, ours = pair()
-    runs = [trainer(model, tmp_path / name) for name, model in (("theirs", reference), ("ours", ours))]
-    results = [run.train() for run in runs]
+    runs, results = [], []
+    for name, model in (("theirs", reference), ("ours", ours)):
+        runs.append(trainer(model, tmp_path / name))  # which sets the seed
+        results.append(runs[-1].train())
     assert results[0].training_loss == results[1].training_loss
     assert losses(runs[0]) == losses(runs[1])
     assert len(losses(runs[1])) == STEPS
