@@ -164,12 +164,23 @@ class HubModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """In training, keep only what enters each layer and compute the rest again in the backward pass.
 
         Raises ValueError for other arguments of torch.utils.checkpoint than `use_reentrant`, which is False here
-        whatever is asked for: the results are the same, and frozen embeddings need it.
+        whatever is asked for (the results are the same, and frozen embeddings need it); and for anything but every
+        layer, on the device.
         """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                f"every_n_layers={every_n_layers!r}, offload={offload!r}: every layer is recomputed, and what it needs "
+                "stays where it is; leave both out"
+            )
         unknown = sorted(set(activation_checkpointing_kwargs or ()) - {"use_reentrant", "preserve_rng_state"})
         if unknown:
             raise ValueError(f"gradient_checkpointing_kwargs {', '.join(unknown)}: only use_reentrant is taken")
@@ -178,9 +189,11 @@ class HubModel(nn.Module):
     def activation_checkpointing_disable(self) -> None:
         self.base_model.encoder.gradient_checkpointing = False
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **others: Any
+    ) -> None:
         """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **others)
 
     def gradient_checkpointing_disable(self) -> None:
         self.activation_checkpointing_disable()

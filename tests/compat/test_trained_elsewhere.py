@@ -104,6 +104,14 @@ def test_a_trainer_run_with_gradient_checkpointing(tmp_path):
     assert equal_weights(reference, ours)
 
 
+def test_checkpointing_of_some_layers_is_refused():
+    _, ours = pair()
+    for options in ({"every_n_layers": 2}, {"offload": True}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            ours.gradient_checkpointing_enable(**options)
+    assert not ours.is_gradient_checkpointing
+
+
 def test_masked_words_by_the_data_collator(tmp_path, minilm_dir):
     """DataCollatorForLanguageModeling with our tokenizer masks what it masks with transformers'."""
     texts = ["The bank is closed today.", "She sat on the bank of the river.", "Wolves", "It was dark."] * 3
