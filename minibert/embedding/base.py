@@ -256,16 +256,19 @@ class Encoder:
 
     def _states(self, ids: list[list[int]], types: list[list[int]], whole: bool) -> tuple[Tensor, Tensor]:
         """The last hidden states (B, T, D) and the mask (B, T); T is 1 where only the first token is wanted."""
-        rows = {"input_ids": ids, **({"token_type_ids": types} if any(map(any, types)) else {})}
-        batch = self.tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self.device)
-        inputs, mask = batch["input_ids"], batch["attention_mask"]
-        kinds = batch.get("token_type_ids")
-        if whole or not (self.pooling.first_token_only and isinstance(self.model, OptimizedModel)):
-            return self.model(inputs, mask, kinds).last_hidden_state, mask
-        first = torch.zeros_like(mask, dtype=torch.bool)
-        first[:, 0] = True
-        states = self.model(inputs, mask, kinds, positions=first).last_hidden_state
-        return states[:, None], mask[:, :1]  # (B, D) -> (B, 1, D)
+        kinds = types if any(map(any, types)) else None
+        if not isinstance(self.model, OptimizedModel):
+            rows = {"input_ids": ids, **({} if kinds is None else {"token_type_ids": kinds})}
+            batch = self.tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self.device)
+            mask = batch["attention_mask"]
+            return self.model(batch["input_ids"], mask, batch.get("token_type_ids")).last_hidden_state, mask
+        first_only = self.pooling.first_token_only and not whole
+        states, lengths = self.model.encode_rows(ids, kinds, first_only)
+        if first_only:
+            return states[:, None], torch.ones(len(ids), 1, dtype=torch.long, device=self.device)  # (B, D) -> (B, 1, D)
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T)
+        padded = torch.nn.utils.rnn.pad_sequence(states.split(lengths), batch_first=True)  # (N, D) -> (B, T, D)
+        return padded, mask.long().to(self.device)
 
 
 def fast_or_plain(model: BertModel, dtype: torch.dtype | str | None) -> BertModel | OptimizedModel:
