@@ -37,7 +37,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for an error told in one line, 130 after Ctrl-C.
 
-    What the terminal cannot show is printed as escapes (\\xe9), so that no result is lost to it.
+    What the terminal cannot show is printed as escapes, so that no result is lost to it.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands, with their own arguments and those that all share."""
     from minibert import __version__
 
     parser = argparse.ArgumentParser(prog="minibert", description="BERT in plain PyTorch: small, exact, fast.")

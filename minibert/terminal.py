@@ -35,6 +35,7 @@ def add_model(parser: argparse.ArgumentParser, default: str = "the model bundled
 
 
 def add_revision(parser: argparse.ArgumentParser) -> None:
+    """--revision, of a model on the Hub."""
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
 
 
@@ -63,6 +64,7 @@ def add_dtype(
 
 
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """--batch-size, None where not given."""
     parser.add_argument("--batch-size", type=int, help="the most texts to compute at once; default: as many as pay")
 
 
@@ -74,6 +76,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_model(arguments: Arguments) -> str:
+    """The model that was named, or the bundled one."""
     from minibert.weights import hub
 
     return arguments.model or hub.default_model()

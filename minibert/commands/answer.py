@@ -9,6 +9,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert answer`."""
     parser.add_argument("question", metavar="QUESTION", help="a question, in quotation marks")
     parser.add_argument("context", metavar="CONTEXT", help="the text that answers it")
     parser.add_argument("--top-k", type=int, default=1, help="answers (default 1)")

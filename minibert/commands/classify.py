@@ -9,6 +9,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert classify`."""
     terminal.add_texts(parser, "texts to classify, each")
     parser.add_argument("--truncate", action="store_true", help="cut texts of more tokens than the model takes")
     terminal.add_model(parser, default="")

@@ -9,6 +9,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert convert`."""
     parser.add_argument("source", metavar="SOURCE", help="a directory or a name on the Hub")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="the directory to write; what was there is replaced whole")
     terminal.add_dtype(parser, default="as in the source")

@@ -9,6 +9,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert demo`."""
     terminal.add_model(parser, default="bert-base from the Hub if reachable, else the bundled model")
     terminal.add_compute(parser)
 

@@ -11,6 +11,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert embed`."""
     parser.add_argument("file", metavar="FILE", help="texts in UTF-8, one a line (.gz, .xz too); - for standard input")
     terminal.add_model(parser)
     parser.add_argument("-o", "--output", required=True, metavar="OUT.npy", help="a float32 array, one row a line")

@@ -10,6 +10,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert fill-mask`."""
     terminal.add_texts(parser, "texts with one or several [MASK]")
     parser.add_argument("--top-k", type=int, default=5, help="answers for each mask (default 5)")
     parser.add_argument("--targets", nargs="+", metavar="WORD", help="score these words only")

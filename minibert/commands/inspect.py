@@ -10,6 +10,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert inspect`."""
     parser.add_argument("model", nargs="?", help="a directory or a name on the Hub; default: the bundled model")
     terminal.add_revision(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor: status, type, shape, hash")

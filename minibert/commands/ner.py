@@ -9,6 +9,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert ner`."""
     terminal.add_texts(parser, "texts to tag, each")
     terminal.add_model(parser, default="")
     terminal.add_compute(parser)

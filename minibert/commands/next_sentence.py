@@ -9,12 +9,14 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert next-sentence`."""
     add_pair(parser)
     terminal.add_model(parser)
     terminal.add_compute(parser)
 
 
 def add_pair(parser: argparse.ArgumentParser) -> None:
+    """Two texts, A and B, that may follow each other."""
     parser.add_argument("text", metavar="A", help="the first text")
     parser.add_argument("text_pair", metavar="B", help="the text that may follow it")
 

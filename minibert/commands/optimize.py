@@ -9,6 +9,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert optimize`."""
     parser.add_argument("model", nargs="?", help="a directory or a name on the Hub; default: the bundled model")
     terminal.add_revision(parser)
     terminal.add_dtype(parser, allowed=("float32", "bfloat16", "float16", "int8", "auto"))

@@ -10,6 +10,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert pretraining-loss`."""
     add_pair(parser)
     parser.add_argument("--mask", metavar="9,44", default="", help="numbers of the tokens to replace by [MASK], from 0")
     parser.add_argument("--not-next", action="store_true", help="say that B does not follow A (default: it does)")

@@ -12,6 +12,7 @@ from minibert.terminal import Arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert study`."""
     parser.add_argument("text", metavar="TEXT", help="a text, with or without a [MASK], in quotation marks")
     parser.add_argument("pair", metavar="SECOND", nargs="?", help="a second text, the next sentence perhaps")
     parser.add_argument("-o", "--output", metavar="FILE", default="study.html", help="the page (default study.html)")

@@ -47,7 +47,8 @@ class Progress:
 @dataclass(frozen=True)
 class Embedded:
     """texts: rows of the result. truncated: how many texts were longer than max_seq_length tokens, and cut. resumed:
-    how many rows an earlier run had computed."""
+    how many rows an earlier run had computed.
+    """
 
     output: str
     texts: int

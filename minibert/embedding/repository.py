@@ -56,7 +56,8 @@ class Module:
 @dataclass(frozen=True)
 class Repository:
     """encoder: where the BERT and its tokenizer lie. settings: of sentence_bert_config.json (the length limit, casing).
-    defaults: of config_sentence_transformers.json (prompts, similarity). pooling: None for a bare encoder."""
+    defaults: of config_sentence_transformers.json (prompts, similarity). pooling: None for a bare encoder.
+    """
 
     encoder: hub.Source
     settings: dict[str, Any]

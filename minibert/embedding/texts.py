@@ -45,6 +45,7 @@ def checked(text: Any, where: str) -> Text:
 
 
 def characters(text: Text) -> int:
+    """How long a text is, both parts of a pair counted."""
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 

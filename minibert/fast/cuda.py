@@ -31,7 +31,8 @@ _PADDED_ROWS = 8192  # rows that a graph without FlashAttention may pad its text
 @dataclass(frozen=True)
 class GpuPlan:
     """dtype: what products are computed in. small, large: kernels for batches below and from `LARGE` tokens.
-    varlen: attention by FlashAttention. graphs: replay small batches. receipts: what was decided, and why."""
+    varlen: attention by FlashAttention. graphs: replay small batches. receipts: what was decided, and why.
+    """
 
     dtype: str
     small: Pieces

@@ -46,7 +46,8 @@ class Kernels:
     """dtype: of what is stored between products. linear: for most products; after_gelu: for what follows the
     activation; careful: for values and heads, where low precision costs most. attention: dtype of its products.
     rows: how many tokens go through the feed-forward part at once, None for all: few, where steps between the products
-    would otherwise leave the cache."""
+    would otherwise leave the cache.
+    """
 
     dtype: torch.dtype
     linear: type[Linear]
@@ -59,7 +60,8 @@ class Kernels:
 @dataclass(frozen=True)
 class Encoded:
     """What an engine returns, packed. last_MD: of the picked tokens, or of all N. states_ND: the embeddings and each
-    layer's output, if asked for. maps_BHTT: one a layer, if asked for, zeros at padding."""
+    layer's output, if asked for. maps_BHTT: one a layer, if asked for, zeros at padding.
+    """
 
     last_MD: Tensor
     states_ND: list[Tensor] | None = None

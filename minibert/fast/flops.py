@@ -18,7 +18,8 @@ from minibert.config import BertConfig
 
 def forward_flops(config: BertConfig, lengths: Iterable[int], predictions: int = 0, pooled: int = 0) -> int:
     """Operations of one forward pass over texts of these lengths, with `predictions` words predicted by the
-    masked-language-model head and `pooled` texts by the pooler."""
+    masked-language-model head and `pooled` texts by the pooler.
+    """
     D, F, V, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     lengths = list(lengths)
     products = sum(lengths) * (4 * D * D + 2 * D * F)

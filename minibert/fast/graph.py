@@ -29,7 +29,8 @@ KINDS: dict[str, type[Linear]] = {
 @dataclass(frozen=True)
 class Shape:
     """All that a compiled pass depends on. linear, careful, after_gelu: names of the kinds of products, as in Kernels;
-    epsilons: of the embeddings' norm and of the layers'."""
+    epsilons: of the embeddings' norm and of the layers'.
+    """
 
     layers: int
     hidden: int
@@ -202,7 +203,8 @@ class Layer(nn.Module):
 @dataclass(frozen=True)
 class Places:
     """Where tokens lie. source (B, T): each place's token among the N (any, at padding); keep (B, T): places that hold
-    one; row and column (N,): each token's place."""
+    one; row and column (N,): each token's place.
+    """
 
     source: Tensor
     keep: Tensor
@@ -226,7 +228,8 @@ class Pass(nn.Module):
         self, ids_3N: Tensor, place_N: Tensor, lengths_B: Tensor, columns_T: Tensor, picked_M: Tensor
     ) -> Tensor:
         """ids_3N: word, segment and position; place_N: b * T + t of each token; columns_T: 0 to T - 1; picked_M: the
-        tokens whose last state is wanted. Returns (M, D)."""
+        tokens whose last state is wanted. Returns (M, D).
+        """
         N, T = ids_3N.shape[1], columns_T.shape[0]
         starts = lengths_B.cumsum(0) - lengths_B
         row = torch.div(place_N, T, rounding_mode="floor")

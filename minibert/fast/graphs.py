@@ -69,7 +69,7 @@ class Graphs:
         self.done: torch.cuda.Event | None = None
 
     def run(self, ids_3N: Tensor, lengths: list[int], bucket: Bucket) -> Tensor:
-        """ids on the host. Returns (N, D) in memory of its own."""
+        """Ids on the host. Returns (N, D) in memory of its own."""
         host = write_host(ids_3N, lengths, bucket, pinned=self.is_cuda)
         with self.lock:  # calls share the slots: enqueue one whole call after another
             slot = self.slots.get(bucket) or self.capture(bucket)

@@ -37,37 +37,44 @@ class Pieces:
 
 
 def torch_up(x: Tensor, weight: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
+    """The widening product and its activation, by torch: (N, D) -> (N, F)."""
     return activation(F.linear(x, weight, bias))
 
 
 def torch_down(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm: Norm) -> Tensor:
+    """Product, residual and LayerNorm, by torch: (N, F or D) and (N, D) -> (N, D)."""
     return norm(F.linear(x, weight, bias).add_(residual))
 
 
 def torch_embed(ids_3N: Tensor, tables: BertEmbeddings, dtype: torch.dtype) -> Tensor:
+    """Embeddings of words, segments and positions, normalised, by torch: (3, N) -> (N, D)."""
     x = tables.word_embeddings(ids_3N[0]) + tables.token_type_embeddings(ids_3N[1])
     return tables.LayerNorm(x + tables.position_embeddings(ids_3N[2])).to(dtype)
 
 
 def triton_up(x: Tensor, weight: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
+    """As torch_up, bias and GELU in one kernel."""
     from minibert.fast.triton.bias_gelu import bias_gelu
 
     return bias_gelu(F.linear(x, weight), bias)
 
 
 def triton_up_in_one(x: Tensor, weight: Tensor, bias: Tensor, activation: nn.Module, tile: Any) -> Tensor:
+    """As torch_up, all in one kernel."""
     from minibert.fast.triton.linear_gelu import linear_gelu
 
     return linear_gelu(x, weight, bias, tile)
 
 
 def triton_down(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm: Norm) -> Tensor:
+    """As torch_down, all but the product in one kernel."""
     from minibert.fast.triton.layer_norm import layer_norm
 
     return layer_norm(F.linear(x, weight), norm.weight, norm.bias, norm.eps, bias, residual)
 
 
 def triton_embed(ids_3N: Tensor, tables: BertEmbeddings, dtype: torch.dtype) -> Tensor:
+    """As torch_embed, in one kernel."""
     from minibert.fast.triton.embedding import embedding
 
     names = ("word_embeddings", "token_type_embeddings", "position_embeddings", "LayerNorm")

@@ -36,7 +36,8 @@ _lock = threading.Lock()
 @dataclass(frozen=True)
 class CpuPlan:
     """dtype: what products are computed in, "int8" too. compile: run a compiled pass, True: and make it if there is
-    none, None: if there is one. receipts: what was decided, and on what evidence."""
+    none, None: if there is one. receipts: what was decided, and on what evidence.
+    """
 
     dtype: str
     kernels: Kernels

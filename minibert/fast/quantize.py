@@ -96,7 +96,8 @@ class Int8AfterGelu(Int8Linear):
 @cache
 def weight_levels() -> int:
     """How large the bytes of a weight may be for products of bytes to be exact on this CPU: 127, 64, or 0 if they never
-    are. Tried on the largest sums there can be."""
+    are. Tried on the largest sums there can be.
+    """
     for levels in (127, 64):
         layer = Int8Linear.__new__(Int8Linear)
         layer._linear = torch.ops.onednn.qlinear_pointwise.default

@@ -23,6 +23,7 @@ def normalize(answer: str) -> str:
 
 
 def exact_match(answer: str, right: str) -> float:
+    """1.0 if both answers are the same words, else 0.0."""
     return float(normalize(answer) == normalize(right))
 
 

@@ -124,7 +124,7 @@ def _check_names(names: list[str], place: str) -> None:
 
 @contextmanager
 def _fields_of_any_size() -> Iterator[None]:
-    """csv refuses fields of more than 131,072 characters; the limit is one for the whole process."""
+    """Csv refuses fields of more than 131,072 characters; the limit is one for the whole process."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -133,6 +133,7 @@ def _fields_of_any_size() -> Iterator[None]:
 
 
 def delimiter_of(path: Path, layout: Layout) -> str:
+    """What separates the columns of a table: as asked for, else by the file's name."""
     if layout.delimiter is not None:
         return layout.delimiter
     return "," if path.suffix.lower() == ".csv" else "\t"

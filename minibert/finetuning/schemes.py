@@ -33,6 +33,7 @@ def is_entity_label(label: str) -> bool:
 
 
 def is_outside(label: str) -> bool:
+    """Whether a label says that a word belongs to no entity."""
     return label.upper() == OUTSIDE
 
 

@@ -29,7 +29,8 @@ _ROWS_AT = 64  # rows in a batch of validation
 @dataclass(frozen=True)
 class Rows:
     """Encoded examples: token ids and types of each, and its target (an id, a number, a list of them, or a list of one
-    id a token). `examples` are those read; `words` says, for tagging, which word each token stands for."""
+    id a token). `examples` are those read; `words` says, for tagging, which word each token stands for.
+    """
 
     input_ids: list[list[int]]
     token_type_ids: list[list[int]]

@@ -20,6 +20,7 @@ _FLOOR = 1e-9  # relative error in float64 above which a difference is a bug
 
 
 def summary(verdict: str, detail: str) -> dict[str, Any]:
+    """What every check reports: a verdict, a sentence, and whether that passes."""
     return {"verdict": verdict, "summary": f"{verdict}; {detail}", "passed": verdict != "bug"}
 
 

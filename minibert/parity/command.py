@@ -22,6 +22,7 @@ _OPTIONS = ("model", "against", "path", "dtype", "texts", "head", "require", "ch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `minibert parity`."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a directory or a name on the Hub; default: bundled")
     parser.add_argument("--against", nargs="+", metavar="PEER", help="transformers (the default), transformers-eager, "
                         "onnxruntime, openvino, or a file written with --save or of JSON lines")  # fmt: skip

@@ -26,7 +26,7 @@ def fresh(model: nn.Module) -> nn.Module:
 
 
 def ours(kind: type, source: Any, path: str, dtype: str, **options: Any) -> Side:
-    """minibert's own loader and one of its paths; "int8" is one of the fast path alone."""
+    """Minibert's own loader and one of its paths; "int8" is one of the fast path alone."""
     from minibert.fast import optimize
 
     own = "float32" if dtype == "int8" else dtype
@@ -78,7 +78,7 @@ class _Export(nn.Module):
 
 
 def _exported(model: nn.Module, case: Case) -> tuple[bytes, list[str]]:
-    """transformers' model as ONNX with free batch and length, and the names of its outputs."""
+    """Transformers' model as ONNX with free batch and length, and the names of its outputs."""
     ids = torch.ones(2, *case.inputs["input_ids"].shape[1:-1], 16, dtype=torch.long)
     mask = ids.clone()
     mask[1, ..., 9:] = 0

@@ -84,6 +84,7 @@ def _comparison(each: dict[str, Any]) -> Iterator[Block]:
 
 
 def to_markdown(certificate: dict[str, Any]) -> str:
+    """The certificate as Markdown, for a model card."""
     lines = []
     for kind, content in blocks(certificate):
         if kind == "table":

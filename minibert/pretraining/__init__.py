@@ -1,2 +1,3 @@
 """Pretraining with MLM and NSP: `texts`, `vocabulary` and `corpus` (text to token ids on disk), `pairs`, `order` and
-`batches` (sentence pairs, their order, masks), `loss` and `loop` (schedule, validation), `prepare` and `command`."""
+`batches` (sentence pairs, their order, masks), `loss` and `loop` (schedule, validation), `prepare` and `command`.
+"""

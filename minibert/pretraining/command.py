@@ -161,6 +161,7 @@ def export(job: Run, directory: Path) -> None:
 
 
 def draw(arguments: argparse.Namespace, output: Path) -> None:
+    """Draw the curves of a run, where matplotlib is installed."""
     from minibert.training.curves import plot_curves
 
     try:

@@ -33,7 +33,8 @@ class PretrainingLoss(nn.Module):
         packed: bool = False,
     ) -> Tensor:
         """Takes the fields of a `Batch`. Returns (4,), sums in float32: the MLM loss and the right answers over the
-        tokens to predict, the NSP loss and the right answers over the pairs."""
+        tokens to predict, the NSP loss and the right answers over the pairs.
+        """
         mask = pair[:, :, None] == pair[:, None, :] if packed else (pair > 0).long()
         encoded = self.model.bert(input_ids, mask, token_type_ids, position_ids)
         hidden, pooled = encoded.last_hidden_state.flatten(0, 1), encoded.pooler_output  # (R * T, D), (R, D)

@@ -46,6 +46,7 @@ class PairRules:
 
 
 def random_of(seed: int, *counter: int) -> np.random.Generator:
+    """A generator whose numbers depend on the seed and on what is drawn, which up to three numbers say."""
     words = (*counter, 0, 0, 0)[:3]
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, *words]))
 

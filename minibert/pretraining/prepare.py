@@ -178,6 +178,7 @@ def _tokenizer(
 
 
 def open_corpora(plan: RunPlan, directory: RunDirectory) -> tuple[Corpus, Corpus | None]:
+    """The tokenized text of a run, and that of its validation if there is one."""
     validation = Corpus(directory.path / VALIDATION) if plan.start["validation"] else None
     return Corpus(directory.path / TRAIN), validation
 

@@ -1,5 +1,6 @@
 """Running English prose to sentences, by rules: good enough for sentence pairs, where a wrong split now and then is
-harmless."""
+harmless.
+"""
 
 from __future__ import annotations
 

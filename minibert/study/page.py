@@ -51,10 +51,12 @@ def render(seen: Trace, facts: Facts) -> str:
 
 
 def cell(value: Any) -> str:
+    """A value as HTML: escaped, unless it is Markup already."""
     return value if isinstance(value, Markup) else html.escape(str(value))
 
 
 def lines(first: Any, *rest: Any) -> Markup:
+    """A value in a cell, and others below it in small print."""
     return Markup("<br>".join([cell(first), *(f"<small>{cell(value)}</small>" for value in rest)]))
 
 

@@ -1,5 +1,6 @@
 """Questions to a trace: what does each layer say already (lens), what did the answer depend on (attribute), and what
-happens without a part (patch)."""
+happens without a part (patch).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ METHODS = ("leave_one_out", "gradient_x_input", "attention", "rollout")
 @dataclass(eq=False)
 class Lens:
     """What the heads say after `layer` layers, 0 being the embeddings: ids and probabilities of the k likeliest words,
-    (B, T, k), and the probabilities of next sentence, (B, 2), where the model has that head too."""
+    (B, T, k), and the probabilities of next sentence, (B, 2), where the model has that head too.
+    """
 
     layer: int
     ids: Tensor

@@ -1,5 +1,6 @@
 """What each step of BERT is called elsewhere: its equation, its shapes in letters, its place in the papers and in
-Google's TensorFlow code (google-research/bert, modeling.py)."""
+Google's TensorFlow code (google-research/bert, modeling.py).
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ _LOSSES = ("cross_entropy", "mse_loss", "binary_cross_entropy_with_logits")
 @dataclass(frozen=True)
 class Source:
     """A line of code: `file` is the module's name as a path, `code` the exact expression (a whole line before
-    Python 3.11)."""
+    Python 3.11).
+    """
 
     file: str
     line: int
@@ -207,7 +208,8 @@ def _check(model: nn.Module) -> None:
 
 class _Recorder(TorchFunctionMode):
     """Collects steps while the model runs: hooks say which module is running and what it returned, torch's function
-    mode sees additions, attention and losses between them. Nothing is changed on the way."""
+    mode sees additions, attention and losses between them. Nothing is changed on the way.
+    """
 
     def __init__(self, model: nn.Module, grad: bool, given: Mapping[str, Tensor]):
         super().__init__()

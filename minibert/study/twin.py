@@ -12,7 +12,7 @@ from minibert.study.trace import Trace
 
 
 def twin(model: nn.Module, attention: str = "sdpa") -> nn.Module | None:
-    """transformers' model of the same class, weights, dtype and mode; None where transformers is not installed.
+    """Transformers' model of the same class, weights, dtype and mode; None where transformers is not installed.
 
     Each weight is copied into fresh memory: bits depend on alignment. attention: "sdpa" or "eager".
     """
@@ -32,7 +32,8 @@ def twin(model: nn.Module, attention: str = "sdpa") -> nn.Module | None:
 
 def ulps(a: Tensor, b: Tensor) -> float:
     """The largest difference in units of the last place at the size of b's root mean square; 0 if the bits are equal,
-    or nan, or infinities, agree."""
+    or nan, or infinities, agree.
+    """
     if torch.equal(a, b):
         return 0.0
     rms = b.double().square().mean().sqrt().item()

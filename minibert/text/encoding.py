@@ -13,11 +13,15 @@ from minibert.text.padding import tensor
 
 
 class TokenSpan(NamedTuple):
+    """Which tokens a word became."""
+
     start: int
     end: int  # one past the last token
 
 
 class CharSpan(NamedTuple):
+    """Which characters of the text a token came from."""
+
     start: int
     end: int  # one past the last character
 
@@ -41,8 +45,9 @@ class BatchEncoding(dict):
         prepend_batch_axis: bool = False,
         n_sequences: int | None = None,
     ):
-        """encoding may be a function that works the alignment out when it is asked for; the others: see
-        `convert_to_tensors` and `n_sequences`, which is otherwise that of the encodings."""
+        """Encoding may be a function that works the alignment out when it is asked for; the others: see
+        `convert_to_tensors` and `n_sequences`, which is otherwise that of the encodings.
+        """
         super().__init__(data or {})
         self._encodings = [encoding] if isinstance(encoding, Encoding) else encoding
         self._n_sequences = n_sequences

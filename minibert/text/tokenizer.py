@@ -456,7 +456,7 @@ BertTokenizerFast = BertTokenizer
 
 
 def _kind(values: Any) -> str | None:
-    """ "pt" or "np" where the values are tensors or arrays, alone or in a list."""
+    """Which of "pt" and "np" the values are, tensors or arrays, alone or in a list; None for neither."""
     while isinstance(values, (list, tuple)) and values:
         values = values[0]
     if isinstance(values, np.ndarray):

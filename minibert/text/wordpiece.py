@@ -104,6 +104,7 @@ def without_placeholders(text: str) -> str:
 
 
 def read_vocab(path: str | os.PathLike[str]) -> dict[str, int]:
+    """The pieces of a vocab.txt with their ids. Raises FileNotFoundError, or ValueError for an empty file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"vocab: there is no file {os.fspath(path)!r}")
     vocab = WordPiece.read_file(os.fspath(path))
@@ -125,6 +126,7 @@ _JOINS = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n
 
 
 def clean_up(text: str) -> str:
+    """Join what tokenizing had to separate, such as a full stop from the word before it."""
     for spaced, joined in _JOINS:
         text = text.replace(spaced, joined)
     return text

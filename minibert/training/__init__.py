@@ -1,2 +1,3 @@
 """What pretraining and fine-tuning share: `run` (a run's directory), `optimizer`, `distributed` (one process or many),
-`onednn`, `curves`."""
+`onednn`, `curves`.
+"""

@@ -43,7 +43,8 @@ _FORMAT = 1
 @dataclass(frozen=True)
 class Settled:
     """What a run goes by. settings: all of them. resumes: whether it goes on with what is there. changes: a line for
-    each setting that differs from the run's own before."""
+    each setting that differs from the run's own before.
+    """
 
     command: str
     settings: dict[str, Any]

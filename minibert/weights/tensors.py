@@ -266,6 +266,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def raw_bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor as it would lie on disk, row by row."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 

@@ -14,7 +14,7 @@ ROWS, BLOCK, WARPS = 4, 1024, 4  # the tile of one program
 
 @triton.jit
 def gelu(z):
-    """z * P(X <= z) for a standard normal X: 0.7071... is sqrt(1 / 2)."""
+    """Z * P(X <= z) for a standard normal X: 0.7071... is sqrt(1 / 2)."""
     return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
