@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from reference import TINY, twins
 from torch import nn
 from torch.utils.data import DataLoader
@@ -195,6 +196,7 @@ def test_a_fine_tuning_by_plain_torch():
 def test_a_run_by_accelerate(mixed_precision):
     ends = []
     for model in pair():
+        AcceleratorState._reset_state(reset_partial_state=True)  # kept for the process, also by a Trainer
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision)
         ends.append(torch_run(model, accelerator))
         prepared = accelerator.prepare(model)
