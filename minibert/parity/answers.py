@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,10 +63,18 @@ class Answers:
         }  # fmt: skip
 
 
-def scores(name: str, value: Tensor, case: Case, several_labels: bool = False) -> Tensor | None:
+def asked_in(cases: Sequence[Case]) -> list[Case]:
+    """The cases whose answers count: texts, if there are any, for random ids have no answer."""
+    return [case for case in cases if case.is_text] or list(cases)
+
+
+def scores(
+    name: str, value: Tensor, case: Case, words: int | None = None, several_labels: bool = False
+) -> Tensor | None:
     """The output `name` as (N, choices), a row a question; None for one that answers none.
 
-    Words are asked for where the text has a mask, else at every token that is no padding.
+    Words, of which there are `words`, are asked for where a text has a mask, and at every token that is no padding of
+    what is no text; labels at every token that is no padding.
     """
     if "logits" not in name or value.ndim < 2:
         return None
@@ -73,7 +82,9 @@ def scores(name: str, value: Tensor, case: Case, several_labels: bool = False) -
     if name in ("start_logits", "end_logits"):
         return value if real is None or real.shape != value.shape else value.masked_fill(~real, -torch.inf)
     if value.ndim == 3:
-        asked = real if case.asked is None or name not in ("prediction_logits", "logits") else case.asked
+        asked = real
+        if case.is_text and value.shape[-1] == words:
+            asked = torch.zeros(value.shape[:2], dtype=torch.bool) if case.asked is None else case.asked
         value = value[asked] if asked is not None and asked.shape == value.shape[:2] else value.flatten(0, 1)
     elif several_labels:
         value = torch.stack([torch.zeros_like(value), value], -1).flatten(0, 1)

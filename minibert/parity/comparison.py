@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert.parity import steps
-from minibert.parity.answers import Answers, nearest, pooled, scores
+from minibert.parity.answers import Answers, asked_in, nearest, pooled, scores
 from minibert.parity.inputs import Case, as_cases
 from minibert.parity.metrics import Tally
 from minibert.parity.steps import Diagnosis, Finding, Row
@@ -203,6 +203,7 @@ class _Comparison:
         self.dtype = max(own.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         self.own64, self.theirs64 = self._exact(own), self._exact(theirs)
         self.several = getattr(config, "problem_type", None) == "multi_label_classification"
+        self.words = getattr(config, "vocab_size", None)
         self.outputs: dict[str, Tally] = {}
         self.falls: dict[str, Tally] = {}  # the same comparison in float64
         self.answers: dict[str, Answers] = {}
@@ -228,7 +229,7 @@ class _Comparison:
 
     def _forward(self) -> None:
         vectors: tuple[list[Tensor], list[Tensor]] = ([], [])
-        worst = -1.0
+        worst, asking = -1.0, asked_in(self.cases)
         for number, case in enumerate(self.cases):
             pairs = matched(self.own.outputs(case), self.theirs.outputs(case, number))
             mine64 = self.own64.outputs(case) if self.own64 else {}
@@ -244,7 +245,9 @@ class _Comparison:
                     self.falls.setdefault(name, Tally(torch.float64)).add(*exact)
                     if (error := steps.relative(*exact)) > worst:
                         worst, self.worst = error, case
-                asked = [scores(name, each, case, self.several) for each in (actual, expected)]
+                if not any(case is each for each in asking):
+                    continue
+                asked = [scores(name, each, case, self.words, self.several) for each in (actual, expected)]
                 if asked[1] is not None:
                     self.answers.setdefault(name, Answers()).add(case.name, *asked)
                 if name == "last_hidden_state" and actual.shape == expected.shape:
