@@ -12,7 +12,6 @@ from finetune_case import WORDS, metrics_of, run
 
 import minibert
 from minibert.embedding.modules import Normalize
-from minibert.embedding.saving import save_sentence_encoder
 from minibert.finetuning.sentence_pairs import SentencePairs, ranking_loss
 from minibert.finetuning.start import open_model
 
@@ -68,7 +67,7 @@ def test_a_sentence_encoder_goes_on(learnt, tmp_path, capsys):
         encoder.model, encoder.tokenizer, "cls", [Normalize()], max_seq_length=20, default_prompt_name="query",
         prompts={"query": "cat ", "document": "dog "},
     )  # fmt: skip
-    save_sentence_encoder(other, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
     train = learnt / "dev.csv"
     assert run(tmp_path / "other", tmp_path / "run", train, train, "sentence-pairs", "--epochs", 1) == 0
     assert "head: none: cls pooling" in capsys.readouterr().out
@@ -101,7 +100,7 @@ def test_the_loss_is_that_of_sentence_transformers(start, tmp_path, negatives):
     rows = task.encode(examples, begin.tokenizer, {}, 32)
     loss = task.loss(begin.model.eval(), begin.tokenizer, rows, list(range(4)))
     loss.backward()
-    save_sentence_encoder(task.encoder, tmp_path / "encoder")
+    task.encoder.save_pretrained(tmp_path / "encoder")
     peer = SentenceTransformer(str(tmp_path / "encoder"), device="cpu").eval()
     reference = MultipleNegativesRankingLoss(peer)
     expected = reference([peer.tokenize(column) for column in columns], torch.zeros(4))
