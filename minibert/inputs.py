@@ -107,7 +107,7 @@ def check_inputs(
 
 def as_ids(ids: Tensor | None) -> Tensor | None:
     """Whole numbers of any width as the type that torch's embeddings take."""
-    return None if ids is None else ids.long()
+    return ids if ids is None or ids.dtype == torch.long else ids.long()
 
 
 def check_ids(

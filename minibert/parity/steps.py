@@ -318,6 +318,8 @@ class _Operations(TorchFunctionMode):
         for output in result if isinstance(result, tuple | list) else (result,):
             if isinstance(output, Tensor):
                 name, source = getattr(func, "__name__", ""), study.source_of(sys._getframe(1))
+                if id(output) in inputs and not name.endswith("_"):
+                    continue  # a cast to the type that it has, say, computes nothing
                 self.all.append(_Operation(name, output, inputs, source))
         return result
 

@@ -16,6 +16,7 @@ import minibert
 from minibert import SentenceEncoder
 from minibert.embedding import texts as texts_module
 from minibert.embedding.modules import MODES, Pooling
+from minibert.embedding.tokens import tokenize
 
 TEXTS = [
     "The bank is closed today.",
@@ -225,7 +226,7 @@ def test_options(tiny):
     assert torch.equal(tensor, tiny.encode(TEXTS, convert_to_tensor=True))
     assert not tensor.is_inference()  # may take part in training
     assert largest(tiny.encode("x", prompt="a "), tiny.encode("a x")) == 0
-    for option in ({"convert_to": "list"}, {"batch_size": 0}, {"truncate_dim": -1}, {"processes": 0},
+    for option in ({"convert_to": "tuple"}, {"batch_size": 0}, {"truncate_dim": -1}, {"processes": 0},
                    {"prompt_name": "nobody"}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(option))):
             tiny.encode(TEXTS, **option)
@@ -262,16 +263,21 @@ def test_similarity(tiny):
 # Long and wrong texts
 
 
+def ids_and_cut(encoder, texts):
+    tokens = tokenize(encoder.tokenizer, texts, "", encoder.max_seq_length)
+    return tokens.ids, tokens.cut
+
+
 def test_long_texts_are_cut_as_if_tokenized_whole(minilm):
     long = [("word " * 50_000), "x" * 100_000, ". " * 9000, "[MASK]" * 2000, "  " * 20_000 + "late", "a-b" * 5000]
-    rows, cut = minilm._tokenize([*long, "short"], "")
+    rows, cut = ids_and_cut(minilm, [*long, "short"])
     whole = minilm.tokenizer([*long, "short"], truncation=True, max_length=256)["input_ids"]
     assert rows == whole
     assert cut == 4
     minilm.tokenizer.truncation_side = "left"
     try:
         expected = minilm.tokenizer(long, truncation=True, max_length=256)["input_ids"]
-        assert minilm._tokenize(long, "")[0] == expected
+        assert ids_and_cut(minilm, long)[0] == expected
     finally:
         minilm.tokenizer.truncation_side = "right"
 

@@ -111,10 +111,10 @@ def test_only_the_masked_rows_are_scored(fill_mask, monkeypatch):
     expected = plain(SENTENCES)
     hook.remove()
     assert rows == [(4, 32)]
-    head = fill_mask.runner.vocabulary_head
-    monkeypatch.setattr(fill_mask.runner, "vocabulary_head", lambda x: rows.append(tuple(x.shape)) or head(x))
+    scored, logits = [], fill_mask._logits
+    monkeypatch.setattr(fill_mask, "_logits", lambda *given: scored.append(logits(*given)) or scored[-1])
     assert same(fill_mask(SENTENCES), expected)
-    assert rows == [(4, 32)] * 2
+    assert [tuple(found.shape) for found in scored] == [(4, fill_mask.model.config.vocab_size)]
 
 
 def test_a_model_in_train_mode_answers_as_in_eval_mode(fill_mask):

@@ -59,7 +59,7 @@ def test_every_command_has_the_same_options(command):
     options = parsers()[command]._option_string_actions
     assert {"--json", "--quiet", "--traceback"} <= options.keys()
     if command not in ("inspect", "convert", "study", "parity"):
-        assert "--device" in options or command == "pretrain"
+        assert "--device" in options or command in ("pretrain", "optimize")
     if "--dtype" in options:
         assert options["--dtype"].type("bf16") == options["--dtype"].type("bfloat16") == "bfloat16"
     for action in parsers()[command]._actions:
