@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench certificates clean
+.PHONY: demo test test-slow lint docs bench certificates clean
 
 demo: .venv/.installed
 	$(BIN)/minibert demo
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed-test
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check
