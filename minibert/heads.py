@@ -199,7 +199,7 @@ class BertForPreTraining(BertPreTrainedModel):
         if words is None:
             words, next_sentence = self.cls(encoded.last_hidden_state, encoded.pooler_output)  # (B, T, V), (B, 2)
         else:
-            next_sentence = self.cls.seq_relationship(encoded.pooler_output)  # (B, D) -> (B, 2)
+            next_sentence = self.cls.seq_relationship(encoded.pooler_output)
         mlm_loss = None if labels is None else classification_loss(words, labels)
         nsp_loss = None if next_sentence_label is None else classification_loss(next_sentence, next_sentence_label)
         losses = [loss for loss in (mlm_loss, nsp_loss) if loss is not None]
