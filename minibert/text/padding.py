@@ -74,13 +74,6 @@ class Padding:
         return array
 
 
-def _plain_array(name: str, values: list) -> np.ndarray:
-    try:
-        return np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name} cannot become a tensor, its rows differ in length: {error}") from None
-
-
 def tensor(name: str, value: Any, kind: str) -> Any:
     """A column as a tensor ("pt") or an array ("np"); one that is of the kind stays as it is."""
     if kind == "np":

@@ -30,7 +30,8 @@ SHOWN_ONLY = ("tour.md", "parity.md")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name not in SHOWN_ONLY], ids=lambda page: str(page.relative_to(ROOT))
 )
-def test_python(page):
+def test_python(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where some save what they make
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     exec(compile(local("\n".join(blocks)), str(page), "exec"), {"__name__": "readme"})
 
