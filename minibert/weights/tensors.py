@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import re
 import warnings
 import zipfile
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -162,6 +163,8 @@ def _open_pickle(path: Path) -> list[Stored]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch on storage types that old files use
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if not is_zip:
+            _check_storages(path)
         if not opened.is_current():
             raise hub.Replaced(f"{path} was replaced while it was opened: open it again")
     except (MemoryError, OSError):
@@ -201,6 +204,35 @@ def _check_zip(path: Path) -> None:
                 with archive.open(entry) as content:
                     while content.read(1 << 20):
                         pass
+
+
+class _Storages(pickle.Unpickler):
+    """Notes which storages a pickle asks for. Nothing that it names is looked up, so nothing of it can run."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.keys: set[str] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        return type(name, (dict,), {"__init__": lambda *_: None})
+
+    def persistent_load(self, pid: Any) -> None:
+        self.keys.add(pid[2])
+
+
+def _check_storages(path: Path) -> None:
+    """Raise ValueError if a file from before torch 1.6 refers to data that it does not hold.
+
+    torch.load leaves such tensors as it found the memory. The file is a magic number, two other values, the content,
+    a list of keys and then the data of each key.
+    """
+    with open(path, "rb") as file:
+        for _ in range(3):
+            _Storages(file).load()
+        content = _Storages(file)
+        content.load()
+        if content.keys != set(_Storages(file).load()):
+            raise ValueError("it refers to data that it does not hold")
 
 
 def read(tensors: Collection[Stored]) -> list[Tensor]:

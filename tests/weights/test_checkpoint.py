@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
@@ -375,6 +376,20 @@ def test_spoilt_files(directory: Path, model: minibert.BertForPreTraining, kind:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.int32)  # as numbers, NaNs differ from themselves
+
+
+def test_a_tensor_without_data(tmp_path: Path) -> None:
+    """torch.load gives it whatever the memory held."""
+    path = tmp_path / "x.bin"
+    tensor = torch.zeros(1000)
+    torch.save({"a": tensor, "b": tensor[:10]}, path, _use_new_zipfile_serialization=False)
+    assert list(tensors.open_files([path])) == ["a", "b"]
+    key = str(tensor.untyped_storage()._cdata).encode()
+    before, of_a, of_b, in_list = path.read_bytes().split(key)
+    path.write_bytes(before + key + of_a + b"1" + key[1:] + of_b + key + in_list)
+    assert torch.load(path)["b"].shape == (10,)
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged or no PyTorch checkpoint: it refers to data")):
+        tensors.open_files([path])
 
 
 def test_damage_that_torch_does_not_see(tmp_path: Path) -> None:
