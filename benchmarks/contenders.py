@@ -20,12 +20,13 @@ Embed = Callable[[list[str]], np.ndarray]
 CACHE = Path(tempfile.gettempdir()) / "minibert-benchmarks"
 MAKERS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
 BATCH = 32  # of peers on texts of natural lengths, sorted by length
-# The contenders, ours first in each dtype; "minibert plain" is the model that one reads
+# The contenders, ours first in each dtype, compiled; "minibert plain" is the model that one reads
 CONTENDERS = {
-    "float32": ("minibert", "minibert plain", "onnxruntime", "openvino", "transformers", "transformers compiled"),
-    "bfloat16": ("minibert bfloat16", "openvino bfloat16", "transformers bfloat16"),
-    "int8": ("minibert int8", "onnxruntime int8", "openvino int8"),
-}
+    "float32": ("minibert", "minibert uncompiled", "minibert plain",
+                "onnxruntime", "openvino", "transformers", "transformers compiled"),
+    "bfloat16": ("minibert bfloat16", "minibert bfloat16 uncompiled", "openvino bfloat16", "transformers bfloat16"),
+    "int8": ("minibert int8", "minibert int8 uncompiled", "onnxruntime int8", "openvino int8"),
+}  # fmt: skip
 REFERENCE = "transformers"  # in float32: what errors are measured against
 # How far from the reference an answer may be: the root mean square of the difference, as a share of the states' own.
 # float32 rounds at 6e-8 and sums over thousands of terms, bfloat16 at 4e-3; int8 is judged by its vectors' direction.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from minibert import terminal
@@ -27,6 +26,7 @@ def run(arguments: Arguments) -> None:
     from minibert.study.examine import examine
     from minibert.study.page import render
     from minibert.text.tokenizer import BertTokenizer
+    from minibert.weights import files
 
     name = terminal.chosen_model(arguments)
     tokenizer = BertTokenizer.from_pretrained(name, revision=arguments.revision)
@@ -34,7 +34,7 @@ def run(arguments: Arguments) -> None:
     reference = not arguments.no_reference
     seen, facts = examine(model, tokenizer, arguments.text, arguments.pair, arguments.compare, reference)
     page = render(seen, facts)
-    Path(arguments.output).write_text(page, encoding="utf-8")
+    files.write(arguments.output, page)
     if arguments.save:
         seen.save(arguments.save)
     terminal.show(

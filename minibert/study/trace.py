@@ -134,9 +134,12 @@ class Trace:
         """All tensors, exact, as safetensors; equations, shapes in letters and lines of code are its metadata."""
         from safetensors.torch import save_file
 
+        from minibert.weights import files
+
         facts = {s.name: json.dumps([s.equation, s.letters, s.flops, str(s.source), s.source.code]) for s in self.steps}
         tensors = {s.name: s.tensor.detach().cpu().contiguous().clone() for s in self.steps}
-        save_file(tensors, file, {"format": "pt", "model": self.model, **facts})
+        with files.replacing(file) as partial:
+            save_file(tensors, partial, {"format": "pt", "model": self.model, **facts})
 
     def __str__(self) -> str:
         rows = [("step", "line", "letters", "numbers", "MFLOP", "params", "mean", "max |x|")]

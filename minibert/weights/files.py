@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -20,11 +21,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     It lies in the same directory under a name of its own, so that two writers never share it, and is on disk before it
     counts: a crash, a full disk or a power cut leave the old file or the new one. If the block fails, the old file is
-    as it was. A symbolic link stays one, and what it points to is replaced.
+    as it was. A symbolic link stays one, and what it points to is replaced. A pipe or a device is written to directly.
 
-    Raises OSError where the directory cannot be written.
+    Raises OSError where the directory cannot be written, and where `path` is one.
     """
     target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if target.exists() and not target.is_file():
+        yield target
+        return
     partial = target.with_name(f".{secrets.token_hex(8)}.partial")
     partial.touch(exist_ok=False)  # with the permissions that any new file gets
     try:

@@ -47,6 +47,24 @@ def test_the_content_is_on_disk_before_it_counts_and_its_name_after(tmp_path, mo
     assert (replaced, directory) == ("replace", str(tmp_path.resolve()))
 
 
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    """As /dev/stdout and /dev/null are, which must not become files."""
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    thread = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    thread.start()
+    files.write(tmp_path / "pipe", "content")
+    thread.join()
+    assert read == ["content"]
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_directory_is_no_place_for_content(tmp_path):
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
+        files.write(tmp_path, "content")
+    assert names(tmp_path) == []
+
+
 def test_two_writers_do_not_share_a_file(tmp_path):
     contents = [letter * 100_000 for letter in "ab"]
 
