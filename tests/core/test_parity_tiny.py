@@ -10,17 +10,17 @@ from reference import HEADS, TINY, assert_as_exact, assert_same, batch_for, mask
 from minibert.activations import ACTIVATIONS
 from minibert.inputs import kernel_mask
 
+# Multiple choice flattens its mask, so that one of 4 dimensions means nothing there
+MASKED = [(head, mask) for head in HEADS for mask in masks(1, 2) if (head, mask) != ("BertForMultipleChoice", "4D")]
 
-@pytest.mark.parametrize("mask", masks(1, 2))
-@pytest.mark.parametrize("head", HEADS)
+
+@pytest.mark.parametrize(("head", "mask"), MASKED)
 def test_head_equals_reference(head, mask):
     reference, ours = twins(head)
     inputs = batch_for(head)
     rows, tokens = inputs["input_ids"].shape[0], inputs["input_ids"].shape[-1]
     attention_mask = masks(rows, tokens)[mask]
     if head == "BertForMultipleChoice" and attention_mask is not None:
-        if mask == "4D":
-            pytest.skip("multiple choice flattens its mask to 2D")
         attention_mask = attention_mask[:, None].repeat(1, 3, 1)
     expected = reference(**inputs, attention_mask=attention_mask, output_hidden_states=True)
     assert_same(expected, ours(**inputs, attention_mask=attention_mask, output_hidden_states=True))
