@@ -24,9 +24,6 @@ class BertPreTrainedModel(HubModel, Pretrained):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        if not isinstance(config, BertConfig):
-            raise TypeError(f"config must be a minibert.BertConfig, got {type(config).__name__}")
-        config.check()
         self.config = config
 
     def post_init(self) -> None:

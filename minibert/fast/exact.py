@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minibert import heads, model
 from minibert.activations import Activation
@@ -69,8 +71,25 @@ PARAMETERS: dict[type, tuple[str, ...]] = {
     nn.Embedding: ("weight",),
     heads.BertLMPredictionHead: ("bias",),
 }
+# What else the forward of a class reads of a module
+SETTINGS: dict[type, tuple[str, ...]] = {
+    nn.LayerNorm: ("eps",),
+    nn.Embedding: ("max_norm",),
+    Activation: ("name",),
+    model.BertSelfAttention: ("attention_head_size",),
+}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
+
+
+def _count_step(optimizer: torch.optim.Optimizer, *unused: Any) -> None:
+    """Count what an optimizer changed as torch counts other changes in place, which its fused kernels leave out."""
+    if not torch.compiler.is_compiling():  # a compiled step counts
+        groups = optimizer.param_groups
+        torch.autograd.graph.increment_version([x for group in groups for x in group["params"] if x.grad is not None])
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def check_exact(plain: nn.Module) -> None:
@@ -92,6 +111,8 @@ def _faults(plain: nn.Module) -> Iterator[tuple[str, str]]:
         yield "", f"would compute with another attention ({seam.__module__}.{seam.__qualname__})"
     for name, module in plain.named_modules(remove_duplicate=False):
         yield from ((name, fault) for fault in _module_faults(module))
+        if type(module) is nn.Dropout and module.p and module.training and not plain.training:
+            yield name, "drops out, in train mode inside a model in eval mode"
     held = dict(plain.named_parameters())
     dtype, device = next(iter(held.values())).dtype, next(iter(held.values())).device
     for name, parameter in held.items():
@@ -140,8 +161,10 @@ class Held:
 
     def __init__(self, plain: nn.Module):
         modules = list(plain.modules())
+        self.modules, self.kinds, self.seam = modules, list(map(type, modules)), model.attention
         self.classes = {kind: kind.forward for kind in {type(m) for m in modules} if kind is not nn.ModuleList}
         self.attributes = [vars(module) for module in modules]
+        self.settings = [(vars(module), name) for module in modules for name in SETTINGS.get(type(module), ())]
         self.hooks = [getattr(module, name) for module in modules for name in _HOOKS] + _GLOBAL_HOOKS
         self.tables = [table for module in modules for table in (module._modules, module._parameters)]
         self.items = [(table, name) for table in self.tables for name in table]
@@ -160,6 +183,7 @@ class Held:
             list(map(attrgetter("_version"), self.counted)),
             list(map(attrgetter("dtype"), tensors)),
             list(map(Tensor.data_ptr, tensors)),
+            [table.get(name) for table, name in self.settings],
         )
 
     def change(self) -> str:
@@ -168,6 +192,8 @@ class Held:
             return "a parameter or module was replaced"
         if self._state() != self.state:
             return "parameters were changed"
+        if list(map(type, self.modules)) != self.kinds or model.attention is not self.seam:
+            return "a class was replaced"
         if any(self.hooks):
             return "a hook was registered"
         if any("forward" in names for names in self.attributes):

@@ -71,6 +71,28 @@ def test_a_head_and_its_encoder_see_one_config():
     assert copy.deepcopy(model).config is not model.config
 
 
+def test_another_config_is_seen_by_all_who_shared_the_old_one():
+    model = minibert.BertForSequenceClassification(minibert.BertConfig(**TINY)).eval()
+    model.second = minibert.BertModel(minibert.BertConfig(**TINY)).eval()  # with a config of its own
+    kept = model.second.config
+    model.config = minibert.BertConfig(**TINY, output_hidden_states=True)
+    assert model.bert.config is model.config
+    assert model.second.config is kept
+    ids = torch.tensor([[1, 2, 3]])
+    assert len(model(ids).hidden_states) == 4
+    assert model.second(ids).hidden_states is None
+    copied = copy.deepcopy(model)
+    assert copied.bert.config is copied.config is not model.config
+    with pytest.raises(TypeError, match="config must be a minibert.BertConfig, got dict"):
+        model.config = {}
+    with pytest.raises(ValueError, match="hidden_size=36 must be a multiple"):
+        broken = copy.copy(model.config)
+        broken.num_attention_heads = 5
+        model.config = broken
+    assert model.bert.config is model.config
+    assert model.config.num_attention_heads == 3
+
+
 def test_attention_maps_have_gradients():
     reference, ours = twins("BertForSequenceClassification", attention="eager")
     gradients = []

@@ -124,9 +124,13 @@ def parameter_of_another_kind(model):
     dense.weight = Quantized(dense.weight.detach())
 
 
+def dropout_that_drops(model):  # Monte Carlo dropout
+    _layer(model).output.dropout.train()
+
+
 CHANGES = [lora, subclassed, hook, pre_hook, hook_on_the_model, patched, parametrized, pruned, extra_part,
            extra_parameter, other_activation, other_norm, no_bias, norm_without_weights, limited_embeddings,
-           mixed_dtypes, parameter_of_another_kind]  # fmt: skip
+           mixed_dtypes, parameter_of_another_kind, dropout_that_drops]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -211,8 +215,25 @@ def forward_put_in(model):
     model.encoder.layer[0].forward = lambda x, *args: x
 
 
+def another_class(model):
+    model.encoder.layer[0].__class__ = type("Layer", (BertLayer,), {"forward": lambda self, x, *args: x})
+
+
+def another_epsilon(model):
+    model.encoder.layer[0].output.LayerNorm.eps = 0.5
+
+
+def other_heads(model):
+    model.encoder.layer[0].attention.self.attention_head_size //= 2
+
+
+def another_function(model):
+    model.encoder.layer[0].intermediate.intermediate_act_fn.name = "relu"
+
+
 STALE = [replaced, loaded, one_parameter, one_module, one_layer_less, one_layer_more, no_pooler, cast,
-         given_other_data, trained, hooked, forward_put_in]  # fmt: skip
+         given_other_data, trained, hooked, forward_put_in, another_class, another_epsilon, other_heads,
+         another_function]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", STALE, ids=lambda change: change.__name__)
@@ -227,6 +248,32 @@ def test_a_change_after_optimize_is_noticed(change):
         fast(text())
     with pytest.raises(RuntimeError, match="optimize it again"):
         fast.encode_rows([[1, 2]])
+
+
+def test_another_attention_after_optimize_is_noticed(monkeypatch):
+    fast = optimize(make())
+    monkeypatch.setattr(plain_model, "attention", lambda query, key, value, mask, dropout_p=0.0: value)
+    with pytest.raises(RuntimeError, match="optimize it again"):
+        fast(text())
+
+
+FUSED = ["SGD", "Adagrad", "Adam", "AdamW"]
+STEPS = [(name, True) for name in FUSED] + [(name, False) for name in (*FUSED, "RMSprop", "Adafactor")]
+
+
+@pytest.mark.parametrize(("name", "fused"), STEPS)
+def test_a_step_of_any_optimizer_is_noticed(name, fused):
+    """torch's fused kernels change parameters without counting it; transformers' Trainer uses them by default."""
+    model = make()
+    fast = optimize(model)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1, **({"fused": True} if fused else {}))
+    fast(text())
+    model(text()).pooler_output.sum().backward()
+    assert fast.is_current()  # as long as nothing has stepped
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="parameters were changed after optimize"):
+        fast(text())
+    torch.testing.assert_close(optimize(model)(text()).pooler_output, model(text()).pooler_output)
 
 
 @pytest.mark.parametrize("cls", [BertForMaskedLM, BertForTokenClassification, BertForPreTraining])

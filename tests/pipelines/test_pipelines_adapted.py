@@ -72,6 +72,13 @@ def subclassed(model):
     return model
 
 
+def trained_by_fused_kernels(model):  # as transformers' Trainer does by default
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    model.train()(torch.tensor([[1, 2, 3]]), labels=torch.tensor([0])).loss.backward()
+    optimizer.step()
+    return model.eval()
+
+
 def expected(model, tokenizer, texts):
     with torch.inference_mode():
         logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
@@ -80,7 +87,13 @@ def expected(model, tokenizer, texts):
 
 @pytest.mark.parametrize(
     ("change", "used_before"),
-    [(adapted, True), (hooked, True), (hooked_at_the_top, False), (subclassed, False)],
+    [
+        (adapted, True),
+        (hooked, True),
+        (hooked_at_the_top, False),
+        (subclassed, False),
+        (trained_by_fused_kernels, True),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*plain model.*")
 def test_what_a_model_does_beside_its_class_is_done(classifier, change, used_before):
