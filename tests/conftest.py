@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was compiled on this machine before is not what the tests run on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIBERT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def _package_dir(name: str, inside: str) -> Path:
