@@ -35,7 +35,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for an error told in one line, 130 after Ctrl-C.
+    """Run one command; returns the exit status: 0, 1 (`parity`: 2) for an error told in one line, 130 after Ctrl-C.
 
     What the terminal cannot show is printed as escapes, so that no result is lost to it.
     """
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.traceback:
                 traceback.print_exc()
             print(f"minibert: {_one_line(error)}", file=sys.stderr)
-            return 1
+            return getattr(arguments, "trouble", 1)
     return status or 0
 
 

@@ -17,9 +17,8 @@ from minibert.parity.inputs import Case
 class Answers:
     """Of one output, over all inputs: how many there are, how many are the same, and the margin.
 
-    largest_error: between the two sides' scores. smallest_gap: between the reference's first and second choice. If the
-    error is below half of that gap no answer can flip, which is a proof and no sample; else `at_risk` names those whose
-    own error is not below half of their own gap.
+    largest_error: between the two sides' scores. smallest_gap: between the reference's first and second choice. An
+    answer whose error is below half of its gap cannot flip, which is a proof and no sample; `at_risk` names the others.
     """
 
     count: int = 0
@@ -53,7 +52,7 @@ class Answers:
 
     @property
     def cannot_flip(self) -> bool:
-        return self.largest_error == 0 or self.largest_error < self.smallest_gap / 2
+        return not (self.at_risk or self.flipped)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -9,18 +9,21 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minibert.parity.comparison import Report, Side, plain
+from minibert.parity.comparison import Report, Side, finite
 from minibert.parity.inputs import Case
 from minibert.parity.steps import visible
 
 SCHEMA_VERSION = 1
+SUBJECTS = ("weights", "files", "texts")
+FACTS = ("threads", "version", "switches", "hardware")  # that results may depend on
+Digests = dict[str, str]  # SHA-256 by name
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onnxruntime", "openvino", "onnx")
 _VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR",
               "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")  # fmt: skip
@@ -31,34 +34,31 @@ def sha256(data: bytes | str) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
-def combined(digests: Iterable[tuple[str, str]]) -> str:
+def combined(digests: Digests) -> str:
     """One digest of many by name, whatever their order."""
-    return sha256("\n".join(f"{name} {digest}" for name, digest in sorted(digests)))
+    return sha256("\n".join(f"{name} {digest}" for name, digest in sorted(digests.items())))
 
 
-def outputs_digest(side: Side, cases: Sequence[Case]) -> dict[str, str]:
+def outputs_digests(side: Side, cases: Sequence[Case]) -> Digests:
     """SHA-256 of all results of each case, rows of padding left out."""
-    found = {}
-    for number, case in enumerate(cases):
-        parts = [(name, visible(name, x, case).float().contiguous().numpy().tobytes())
-                 for name, x in side.outputs(case, number).items() if name != "loss"]  # fmt: skip
-        found[case.name] = combined((name, sha256(data)) for name, data in parts)
-    return found
+    return {
+        f"{side.name}, {case.name}": combined({
+            name: sha256(visible(name, x, case).contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            for name, x in side.outputs(case).items()
+        })
+        for case in cases
+    }  # fmt: skip
 
 
 def machine() -> dict[str, dict[str, Any]]:
-    """What results may depend on, in the groups that `--verify` names: hardware, threads, versions, switches."""
-    fields = {}
-    if (cpus := Path("/proc/cpuinfo")).exists():
-        for line in cpus.read_text().split("\n\n")[0].splitlines():
-            name, _, value = line.partition(":")
-            fields[name.strip()] = value.strip()
+    """What results may depend on, in the groups of FACTS."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().split("\n\n")[0].splitlines() if cpus.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    for each in metadata.distributions():
+        if each.name in _PACKAGES:
+            versions.setdefault(each.name, each.version)
     return {
         "hardware": {
             "machine": platform.machine(),
@@ -79,46 +79,30 @@ def machine() -> dict[str, dict[str, Any]]:
     }
 
 
-def statement(
-    name: str,
-    reports: Sequence[Report],
-    weights: dict[str, str],
-    files: dict[str, str],
-    texts: Sequence[str],
-    outputs: dict[str, dict[str, str]],
-    command: dict[str, Any],
-) -> dict[str, Any]:
+def statement(name: str, reports: Sequence[Report], command: dict[str, Any], **digests: Digests) -> dict[str, Any]:
     """The certificate as JSON has it.
 
     Args:
-        name: of the model. weights: SHA-256 of each stored tensor; files: of config and vocabulary.
-        texts: that were compared on. outputs: of each side, the digest of each case. command: options to repeat it.
+        name: of the model. reports: of each comparison. command: options to repeat it.
+        digests: SHA-256 by name of "weights" (each stored tensor), "files", "texts" and "outputs" (each case of each
+            side).
     """
-    passed = [report for report in reports if report.passed]
-    warned = [report for report in passed if report.verdict == "bug"]
-    failed = [report for report in reports if not report.passed]
-    tests = {"passedTests": passed, "warnedTests": warned, "failedTests": failed}
-    digests = [sha256(text) for text in texts]
-    return plain({
+    groups: dict[str, list[str]] = {"passedTests": [], "warnedTests": [], "failedTests": []}
+    for each in reports:
+        result = "failedTests" if not each.passed else "warnedTests" if each.verdict == "bug" else "passedTests"
+        groups[result].append(f"{each.candidate} against {each.reference}: {each.require}")
+    failed, warned = groups["failedTests"] or not reports, groups["warnedTests"]
+    subjects = {"weights": combined(digests["weights"]), **digests["files"]}
+    return finite({
         "_type": "https://in-toto.io/Statement/v1",
-        "subject": [
-            {"name": f"{name}/weights", "digest": {"sha256": combined(weights.items())}},
-            *({"name": f"{name}/{file}", "digest": {"sha256": digest}} for file, digest in files.items()),
-        ],
+        "subject": [{"name": f"{name}/{file}", "digest": {"sha256": digest}} for file, digest in subjects.items()],
         "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
         "predicate": {
-            "result": "FAILED" if failed or not reports else "WARNED" if warned else "PASSED",
-            "configuration": [{"name": "texts", "digest": {"sha256": sha256(" ".join(digests))}}],
-            **{key: [f"{r.candidate} against {r.reference}: {r.require}" for r in group if group is not passed
-                     or r not in warned] for key, group in tests.items()},
+            "result": "FAILED" if failed else "WARNED" if warned else "PASSED",
+            "configuration": [{"name": "texts", "digest": {"sha256": combined(digests["texts"])}}],
+            **groups,
             "measurements": {
-                "schema_version": SCHEMA_VERSION,
-                "model": name,
-                "command": command,
-                "machine": machine(),
-                "weights": weights,
-                "texts": digests,
-                "outputs": outputs,
+                "schema_version": SCHEMA_VERSION, "model": name, "command": command, **digests, **machine(),
                 "comparisons": [report.to_dict() for report in reports],
             },
         },
@@ -143,42 +127,25 @@ def load(file: str) -> dict[str, Any]:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, list[str]]:
-    """What of two certificates' measurements differs: weights, texts, files, outputs, and each group of the machine."""
+    """What of two certificates' measurements differs, by group: names of tensors, texts and cases, values of facts."""
     found: dict[str, list[str]] = {}
     old, new = (each["predicate"]["measurements"] for each in (then, now))
-    for name in sorted(old["weights"].keys() | new["weights"].keys()):
-        if old["weights"].get(name) != new["weights"].get(name):
-            found.setdefault("weights", []).append(name)
-    for number in range(max(len(old["texts"]), len(new["texts"]))):
-        if old["texts"][number : number + 1] != new["texts"][number : number + 1]:
-            found.setdefault("texts", []).append(f"text {number + 1}")
-    subjects = [{s["name"].rpartition("/")[2]: s["digest"]["sha256"] for s in each["subject"]} for each in (then, now)]
-    for name in sorted(subjects[0].keys() | subjects[1].keys()):
-        if name != "weights" and subjects[0].get(name) != subjects[1].get(name):
-            found.setdefault("files", []).append(name)
-    for side in sorted(old["outputs"].keys() | new["outputs"].keys()):
-        a, b = (each["outputs"].get(side, {}) for each in (old, new))
-        if changed := [case for case in {**a, **b} if a.get(case) != b.get(case)]:
-            text = f"{side}: {len(changed)} of {len({**a, **b})} cases, {changed[0]} first"
-            found.setdefault("outputs", []).append(text)
-    for group, values in old["machine"].items():
-        others = new["machine"].get(group, {})
-        for key in sorted(values.keys() | others.keys()):
-            a, b = values.get(key), others.get(key)
+    for group in (*SUBJECTS, "outputs", *FACTS):
+        for name in {**old[group], **new[group]}:
+            a, b = old[group].get(name), new[group].get(name)
             if isinstance(a, list) and isinstance(b, list) and a != b:
-                a, b = (sorted(set(one) - set(two)) for one, two in ((a, b), (b, a)))
+                a, b = sorted(set(a) - set(b)), sorted(set(b) - set(a))
             if a != b:
-                found.setdefault(group, []).append(f"{key} was {a}, is {b}")
+                found.setdefault(group, []).append(f"{name} was {a}, is {b}" if group in FACTS else name)
     return found
 
 
 def verdict(found: dict[str, list[str]]) -> tuple[bool, str]:
     """Whether what was certified holds here, and what explains it if not."""
-    subjects = [key for key in ("weights", "files", "texts") if key in found]
-    if subjects:
+    if subjects := [key for key in SUBJECTS if key in found]:
         return False, f"not the same subject: {', '.join(subjects)} changed"
     if "outputs" not in found:
         return True, "the same to the last bit"
-    causes = [key for key in ("threads", "version", "switches", "hardware") if key in found]
+    causes = [key for key in FACTS if key in found]
     explained = f"{', '.join(causes)} may explain it" if causes else "nothing that is recorded explains it"
     return False, f"results differ: {explained}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,24 +12,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.parity import steps
-from minibert.parity.comparison import Outputs, Side
+from minibert.parity.comparison import Outputs, Report, Side, coarsest, named
 from minibert.parity.inputs import Case, labels_for
-from minibert.parity.metrics import Tally
+from minibert.parity.metrics import Tally, relative
 
 _ULPS = 1e4  # and in ulps, for a side that has no float64
 _FLOOR = 1e-9  # relative error in float64 above which a difference is a bug
 
 
-def summary(verdict: str, detail: str) -> dict[str, Any]:
+def summary(verdict: str, detail: str, **more: Any) -> dict[str, Any]:
     """What every check reports: a verdict, a sentence, and whether that passes."""
-    return {"verdict": verdict, "summary": f"{verdict}; {detail}", "passed": verdict != "bug"}
+    return {"verdict": verdict, "summary": f"{verdict}; {detail}", "passed": verdict != "bug", **more}
+
+
+def run(report: Report, own: Side, theirs: Side, cases: Sequence[Case], config: Any, wanted: Sequence[str],
+        count: int = 3) -> None:  # fmt: skip
+    """Those of "gradients", "train" and "invariance" that are wanted and that the sides allow, into the report."""
+    modules, longest = (own.module, theirs.module), getattr(config, "max_position_embeddings", 64)
+    if all(module is not None and not hasattr(module, "plan") for module in modules):
+        case = min(cases, key=lambda each: (abs(each.tokens - 9), each.real is None))
+        kinds = {type(module).__name__ for module in modules}
+        labels = labels_for(kinds.pop(), case, config) if len(kinds) == 1 else {}
+        if "gradients" in wanted:
+            report.checks["gradients"] = gradients(modules, case, labels)
+        if "train" in wanted:
+            report.checks["train"] = training(modules, case, labels, count)
+    if "invariance" in wanted:
+        for side, name, more in ((own, "invariance", {}), (theirs, "invariance of the reference", {"passed": True})):
+            if callable(side.run):
+                side.invariance = side.invariance or invariance(side, cases, longest)
+                report.checks[name] = {**side.invariance, **more}
 
 
 def tokenizers(ours: Any, theirs: Any, texts: Sequence[str], longest: int) -> dict[str, Any]:
-    """Ids, segments and mask of every text; the first that differ are a bug, for no rounding makes another id."""
-    for number, text in enumerate(texts, 1):
-        pair = text.split("\t", 1)
-        mine, other = (each(*pair, truncation=True, max_length=longest) for each in (ours, theirs))
+    """Ids, segments and mask of every text, whole and cut short; the first that differ are a bug, for no rounding makes
+    another id.
+    """
+    for (number, text), most in itertools.product(enumerate(texts, 1), (longest, 8)):
+        mine, other = (each(*text.split("\t", 1), truncation=True, max_length=most) for each in (ours, theirs))
         for key in ("input_ids", "token_type_ids", "attention_mask"):
             a, b = list(mine[key]), list(other[key])
             if a != b:
@@ -39,96 +60,87 @@ def tokenizers(ours: Any, theirs: Any, texts: Sequence[str], longest: int) -> di
     return summary("same", f"ids, segments and masks of {len(texts)} texts are equal")
 
 
-def objective(model: nn.Module, case: Case, labels: dict[str, Tensor]) -> Tensor:
-    """The loss of a head; for an encoder the product of its outputs with fixed random numbers."""
-    wanted = {k: x.to(next(model.parameters()).dtype) if x.is_floating_point() else x for k, x in labels.items()}
-    output = model(**case.inputs, **wanted)
-    if labels:
-        return output.loss
-    random = torch.Generator().manual_seed(2)
-    return sum((x * torch.randn(x.shape, generator=random, dtype=torch.float32)).mean()
-               for x in output.values() if isinstance(x, Tensor))  # fmt: skip
-
-
-def gradients(own: nn.Module, theirs: nn.Module, case: Case, head: str, config: Any) -> dict[str, Any]:
-    """The gradient of every parameter, without dropout; differences that float64 does not make fall are a bug."""
-    labels = labels_for(head, case, config)
-
-    def found(model: nn.Module) -> dict[str, Tensor]:
-        model = copy.deepcopy(model).eval()
-        with torch.enable_grad():
-            objective(model, case, labels).backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    actual, expected = found(own), found(theirs)
+def _on_both(compute: Callable[[nn.Module, bool], Outputs], modules: Sequence[nn.Module], what: str) -> dict[str, Any]:
+    """Results by name of `compute` on both sides; where bits differ, once more in float64, where True is passed."""
+    actual, expected = (compute(model, False) for model in modules)
     if different := sorted(actual.keys() ^ expected.keys()):
-        return summary("bug", f"a gradient on one side only: {', '.join(different[:5])}")
-    worst = Tally(next(iter(expected.values())).dtype)
-    equal = 0
-    for name, gradient in expected.items():
-        worst.add(actual[name], gradient)
-        equal += torch.equal(actual[name], gradient)
-    detail = f"{equal} of {len(expected)} gradients are equal to the last bit, largest difference {worst.max:.1e}"
+        return summary("bug", f"{what} on one side only: {', '.join(different[:5])}")
+    equal = sum(torch.equal(actual[name], x) for name, x in expected.items())
+    detail = f"{equal} of {len(expected)} {what} are equal to the last bit"
     if equal == len(expected):
         return summary("same bits", detail)
-    actual, expected = (found(steps.in_float64(model)) for model in (own, theirs))
+    dtype = coarsest(p.dtype for model in modules for p in model.parameters())
+    actual, expected = (compute(steps.in_float64(model, dtype), True) for model in modules)
+    # All are measured by the largest: some, the gradient of a key's bias say, are nothing but rounding
     scale = max(float(x.square().mean().sqrt()) for x in expected.values())
-    for name, gradient in expected.items():  # a key's bias has none but rounding, so all are measured by the largest
-        error = float((actual[name] - gradient).square().mean().sqrt()) / scale
-        if not error < _FLOOR:
-            return summary("bug", f"the gradient of {name} is another in float64, by {error:.1e}; {detail}")
+    errors = {name: float((actual[name] - x).square().mean().sqrt()) / scale for name, x in expected.items()}
+    if wrong := [f"{name} by {error:.1e}" for name, error in errors.items() if not error < _FLOOR]:
+        return summary("bug", f"{detail}; {len(wrong)} are others in float64, last: {', '.join(wrong[:-4:-1])}")
     return summary("rounding", detail)
 
 
-def training(own: nn.Module, theirs: nn.Module, case: Case, head: str, config: Any, count: int = 3) -> dict[str, Any]:
-    """`count` steps of AdamW with dropout, from the same seed; where bits differ, losses without dropout in float64."""
-    labels = labels_for(head, case, config)
+def gradients(modules: Sequence[nn.Module], case: Case, labels: dict[str, Tensor]) -> dict[str, Any]:
+    """The gradient of every parameter, without dropout; differences that float64 does not make fall are a bug."""
 
-    def run(model: nn.Module, dropout: bool) -> tuple[list[float], dict[str, Tensor]]:
-        model = copy.deepcopy(model).train(dropout)
-        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-4), []
+    def compute(model: nn.Module, exact: bool) -> Outputs:
+        model = copy.deepcopy(model).eval()
+        with torch.enable_grad():
+            loss = objective(model, case, labels)
+            loss.backward()
+        return {**{name: p.grad for name, p in model.named_parameters() if p.grad is not None}, "loss": loss.detach()}
+
+    return _on_both(compute, modules, "gradients and the loss")
+
+
+def training(modules: Sequence[nn.Module], case: Case, labels: dict[str, Tensor], count: int = 3) -> dict[str, Any]:
+    """`count` steps of AdamW with dropout, from the same seed; where bits differ, losses without dropout in float64."""
+
+    def compute(model: nn.Module, exact: bool) -> Outputs:
+        model, losses = copy.deepcopy(model).train(not exact), {}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
-            for _ in range(count):
+            for step in range(1, count + 1):
                 loss = objective(model, case, labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                losses.append(float(loss.detach()))
-        return losses, dict(model.named_parameters())
+                losses[f"loss {step}"] = loss.detach()
+        return losses if exact else {**losses, **{name: p.detach() for name, p in model.named_parameters()}}
 
-    (losses, after), (expected, expected_after) = run(own, True), run(theirs, True)
-    equal = sum(torch.equal(after[name], x) for name, x in expected_after.items() if name in after)
-    detail = f"{count} steps of AdamW, {equal} of {len(expected_after)} parameters equal to the last bit after them"
-    if losses == expected and equal == len(expected_after) == len(after):
-        return summary("same bits", detail)
-    losses, expected = (run(steps.in_float64(model), False)[0] for model in (own, theirs))
-    error = max(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(losses, expected, strict=True))
-    return summary("rounding" if error < _FLOOR else "bug", f"{detail}; losses in float64 differ by {error:.1e}")
+    return _on_both(compute, modules, f"losses and parameters of {count} steps of AdamW")
+
+
+def objective(model: nn.Module, case: Case, labels: dict[str, Tensor]) -> Tensor:
+    """The loss of a head; for an encoder the product of its outputs with fixed random numbers."""
+    dtype, random = next(model.parameters()).dtype, torch.Generator().manual_seed(2)
+    wanted = {name: x.to(dtype) if x.is_floating_point() else x for name, x in labels.items()}
+    output = model(**{**case.inputs, **wanted})
+    if labels:
+        return output.loss
+    return torch.stack([(x * torch.randn(x.shape, generator=random)).mean() for x in named(output).values()]).sum()
 
 
 def invariance(side: Side, cases: Sequence[Case], longest: int) -> dict[str, Any]:
     """How far results change, in ulps, with what should not matter; a change that stays in float64 is a bug."""
-    case = next((c for c in cases if c.tokens == 9 and c.real is None), None)
-    case = case or next((c for c in cases if c.real is None or bool(c.real.all())), cases[0])
+    whole = [case for case in cases if case.real is None or bool(case.real.all())] or cases
+    case = next((case for case in whole if case.tokens == 9), whole[0])
     exact = None if side.module is None else Side(side.name, steps.in_float64(side.module), torch.float64)
-    base, truth = side.outputs(case), {} if exact is None else exact.outputs(case)
-    found: dict[str, float] = {}
-    bugs = []
-    again = _variants(exact, case, longest) if exact is not None else iter(())
+    base, truth = side.outputs(case), exact.outputs(case) if exact else {}
+    again = _variants(exact, case, longest) if exact else iter(())
+    ulps, bugs = {}, []
     for name, result in _variants(side, case, longest):
-        tallies = [Tally(side.dtype) for _ in base]
-        for tally, key in zip(tallies, base, strict=True):
+        tallies = {key: Tally(side.dtype) for key in base}
+        for key, tally in tallies.items():
             tally.add(_cut(result[key], base[key]), base[key])
-        found[name] = max((tally.ulp for tally in tallies), default=0.0)
+        ulps[name] = max(tally.ulp for tally in tallies.values())
         twin = next(again, (name, {}))[1]
-        stays = any(steps.relative(_cut(twin[key], truth[key]), truth[key]) > _FLOOR for key in truth)
-        if stays or (exact is None and found[name] > _ULPS):
+        stays = any(relative(_cut(twin[key], truth[key]), truth[key]) > _FLOOR for key in truth)
+        if stays or (not exact and ulps[name] > _ULPS):
             bugs.append(name)
-    changed = ", ".join(f"{name} {ulp:.2g}" for name, ulp in found.items() if ulp) or "nothing changes a bit"
-    verdict = "bug" if bugs else "rounding" if any(found.values()) else "same bits"
-    return {**summary(verdict, f"ulps: {changed}" + (f"; stays in float64: {', '.join(bugs)}" if bugs else "")),
-            "ulps": found}  # fmt: skip
+    changed = ", ".join(f"{name} {ulp:.2g}" for name, ulp in ulps.items() if ulp) or "nothing changes a bit"
+    verdict = "bug" if bugs else "rounding" if any(ulps.values()) else "same bits"
+    return summary(verdict, f"ulps: {changed}" + f"; stays in float64: {', '.join(bugs)}" * bool(bugs), ulps=ulps)
 
 
 def _cut(value: Tensor, base: Tensor) -> Tensor:
@@ -137,17 +149,15 @@ def _cut(value: Tensor, base: Tensor) -> Tensor:
 
 def _variants(side: Side, case: Case, longest: int) -> Iterator[tuple[str, Outputs]]:
     """Each way that should not matter, and what comes of it, in the order and size of the case."""
-    inputs = case.inputs
-    B, T = inputs["input_ids"].shape[0], case.tokens
+    inputs, T = case.inputs, case.tokens
 
     def run(arguments: dict[str, Tensor], using: Callable[..., Any] | None = None) -> Outputs:
         return Side(side.name, using or side.run, side.dtype).outputs(Case(case.name, arguments))
 
     yield "twice", run(inputs)
-    rows = [run({key: x[i : i + 1] for key, x in inputs.items()}) for i in range(B)]
+    rows = [run({key: x[i : i + 1] for key, x in inputs.items()}) for i in range(len(inputs["input_ids"]))]
     yield "alone", {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
-    turned = run({key: x.flip(0) for key, x in inputs.items()})
-    yield "order", {key: x.flip(0) for key, x in turned.items()}
+    yield "order", {key: x.flip(0) for key, x in run({key: x.flip(0) for key, x in inputs.items()}).items()}
     mask = torch.ones_like(inputs["input_ids"])
     for length in sorted({n for n in (8, 64, longest) if T < n <= longest}):
         longer = {key: F.pad(x, (0, length - T)) for key, x in {"attention_mask": mask, **inputs}.items()}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
-import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="FILE", help="write inputs and minibert's results as safetensors")
     parser.add_argument("--verify", metavar="CERTIFICATE", help="compute it again here, and say what differs and why")
     terminal.add_revision(parser)
+    parser.set_defaults(trouble=TROUBLE)
 
 
 def run(arguments: Arguments) -> int:
@@ -51,15 +50,7 @@ def run(arguments: Arguments) -> int:
 
     Exit status: 0 the same, 1 different, 2 trouble (an argument, a file, a peer that is not installed).
     """
-    try:
-        return _verify(arguments) if arguments.verify else _certify(arguments)
-    except KeyboardInterrupt:
-        raise
-    except Exception as error:  # of any kind: 1 is for what is different
-        if arguments.traceback:
-            traceback.print_exc()
-        print(f"minibert: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return TROUBLE
+    return _verify(arguments) if arguments.verify else _certify(arguments)
 
 
 class _Job:
@@ -77,8 +68,12 @@ class _Job:
             if arguments.threads < 1:
                 raise ValueError(f"--threads {arguments.threads}: must be 1 or more")
             torch.set_num_threads(arguments.threads)
+        chosen = [(path, dtype) for dtype in arguments.dtype for path in arguments.path]
+        self.pairs = [pair for pair in chosen if pair != ("plain", "int8")]
+        if not self.pairs:
+            raise ValueError("--dtype int8 is computed by --path fast alone")
         self.arguments = arguments
-        self.source = hub.as_source(arguments.model or hub.default_model(), revision=arguments.revision)
+        self.source = hub.as_source(terminal.chosen_model(arguments), revision=arguments.revision)
         skeleton, self.report = inspect(self.source, arguments.head)
         if absent := self.report.named("missing", "newly initialised"):
             raise ValueError(f"{self.source.name} lacks weights of {type(skeleton).__name__}: {', '.join(absent)}")
@@ -91,8 +86,7 @@ class _Job:
         self.cases = list(inputs.synthetic(self.config, self.kind.__name__))
         if self.tokenizer is not None and self.kind.__name__ != "BertForMultipleChoice":
             self.cases += inputs.encoded(self.texts, self.tokenizer, self.config)
-        self.invariance: dict[str, Any] = {}  # of each side, by its name
-        self._opened: dict[tuple[str, str], Any] = {}
+        self._sides: dict[tuple[str, str], Any] = {}
 
     def _tokenizer(self) -> Any:
         from minibert.text.tokenizer import BertTokenizer
@@ -104,50 +98,61 @@ class _Job:
                 raise
             return None  # ids alone, then
 
-    def ours(self, path: str, dtype: str) -> Any:
+    def side(self, name: str, dtype: str) -> Any:
+        """One of minibert's paths, or a peer."""
         from minibert.parity import peers
 
-        if (path, dtype) not in self._opened:
-            self._opened[path, dtype] = peers.ours(self.kind, self.source, path, dtype, **self.options)
-        return self._opened[path, dtype]
+        if (name, dtype) not in self._sides:
+            self._sides[name, dtype] = (
+                peers.theirs(name, self.kind, self.directory, dtype, self.cases[0], **self.options)
+                if name in peers.PEERS
+                else peers.ours(self.kind, self.source, name, dtype, **self.options)
+            )
+        return self._sides[name, dtype]
 
-    def theirs(self, spec: str, dtype: str) -> tuple[Any, list[Any]]:
-        """A side and the cases that it can be compared on."""
-        from minibert.parity import peers
+    def compared(self, path: str, dtype: str, spec: str) -> Any:
+        """One comparison with the checks that its sides allow."""
+        from minibert.parity import checks, peers
+        from minibert.parity.comparison import comparison
 
-        if spec not in peers.PEERS:
-            if not Path(spec).is_file():
-                raise ValueError(f"--against {spec}: is no file and none of {', '.join(peers.PEERS)}")
-            return peers.golden(spec)
-        if (spec, dtype) not in self._opened:
-            self._opened[spec, dtype] = peers.theirs(spec, self.kind, self.directory, dtype, self.cases, **self.options)
-        return self._opened[spec, dtype], self.cases
+        is_peer, is_twin = spec in peers.PEERS, spec.startswith("transformers")
+        if not is_peer and not Path(spec).is_file():
+            raise ValueError(f"--against {spec}: is no file and none of {', '.join(peers.PEERS)}")
+        own = self.side(path, dtype)
+        widest = "float32" if dtype == "int8" or not is_twin else dtype
+        other, cases = (self.side(spec, widest), self.cases) if is_peer else peers.golden(spec)
+        default = "answers" if dtype == "int8" else "bits" if (path, spec) == ("plain", "transformers") else "exact"
+        report = comparison(own, other, cases, self.config, self.arguments.require or default)
+        wanted = self.arguments.checks
+        if "tokenizer" in wanted and is_twin and self.tokenizer is not None:
+            from transformers import BertTokenizer
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """The paths and dtypes asked for; int8 is computed by the fast path alone."""
-        chosen = [(path, dtype) for dtype in self.arguments.dtype for path in self.arguments.path]
-        pairs = [pair for pair in chosen if pair != ("plain", "int8")]
-        if not pairs:
-            raise ValueError("--dtype int8 is computed by --path fast alone")
-        return pairs
+            twin = BertTokenizer.from_pretrained(self.directory)
+            report.checks["tokenizer"] = checks.tokenizers(
+                self.tokenizer, twin, self.texts, self.config.max_position_embeddings
+            )
+        checks.run(report, own, other, cases, self.config, wanted, self.arguments.steps)
+        return report
 
-    def digests(self) -> dict[str, dict[str, str]]:
-        """Of the results of every minibert side."""
-        from minibert.parity.certificate import outputs_digest
+    def outputs(self) -> dict[str, str]:
+        """Digests of the results of every minibert side."""
+        from minibert.parity.certificate import outputs_digests
 
-        return {f"minibert {p} {d}": outputs_digest(self.ours(p, d), self.cases) for p, d in self.pairs()}
+        sides = [self.side(*pair) for pair in self.pairs]
+        return {name: digest for side in sides for name, digest in outputs_digests(side, self.cases).items()}
 
     def statement(self, reports: list[Any]) -> dict[str, Any]:
         from minibert.parity.certificate import sha256, statement
 
-        weights = {tensor["name"]: tensor["sha256"] for tensor in self.report.to_dict() if tensor["sha256"]}
-        files = {}
-        for name in ("config.json", "vocab.txt", "tokenizer.json"):
-            if (file := self.source.file(name)) is not None:
-                files[name] = sha256(file.read_bytes())
         options = {name: getattr(self.arguments, name) for name in _OPTIONS}
-        command = {"line": _line(options), **options}
-        return statement(self.name, reports, weights, files, self.texts, self.digests(), command)
+        files = {name: self.source.file(name) for name in ("config.json", "vocab.txt", "tokenizer.json")}
+        return statement(
+            self.name, reports, {"line": _line(options), **options},
+            weights={tensor["name"]: tensor["sha256"] for tensor in self.report.to_dict() if tensor["sha256"]},
+            files={name: sha256(file.read_bytes()) for name, file in files.items() if file is not None},
+            texts={f"text {number}": sha256(text) for number, text in enumerate(self.texts, 1)},
+            outputs=self.outputs(),
+        )  # fmt: skip
 
 
 def _line(options: dict[str, Any]) -> str:
@@ -168,50 +173,20 @@ def _certify(arguments: Arguments) -> int:
             raise ImportError("nothing to compare with: pip install 'minibert-torch[parity]', or give --against FILE")
     job = _Job(arguments)
     if arguments.save:
-        path, dtype = job.pairs()[0]
-        peers.save(arguments.save, job.ours(path, dtype), job.cases, {"model": job.name, "side": f"{path} {dtype}"})
+        side = job.side(*job.pairs[0])
+        peers.save(arguments.save, side, job.cases, {"model": job.name, "side": side.name})
     reports = []
-    for path, dtype in job.pairs():
+    for path, dtype in job.pairs:
         for spec in arguments.against:
-            reports.append(_compared(job, path, dtype, spec))
+            reports.append(job.compared(path, dtype, spec))
             if not (arguments.json or arguments.quiet):
                 print(reports[-1], flush=True)
-    certificate = job.statement(reports) if arguments.output or arguments.json else None
+    certificate = job.statement(reports) if arguments.output or arguments.json else {}
     if arguments.output:
         _write(Path(arguments.output), certificate)
     if arguments.json:
-        print(json.dumps(certificate, indent=2, ensure_ascii=False))
+        terminal.show(arguments, certificate, [])
     return SAME if all(reports) else DIFFERENT
-
-
-def _compared(job: _Job, path: str, dtype: str, spec: str) -> Any:
-    """One comparison with the checks that its sides allow."""
-    from minibert.parity import checks
-    from minibert.parity.comparison import comparison
-
-    own, (other, cases) = job.ours(path, dtype), job.theirs(spec, dtype)
-    is_peer, is_twin = cases is job.cases, spec.startswith("transformers")
-    default = "answers" if dtype == "int8" else "bits" if (path, spec) == ("plain", "transformers") else "exact"
-    report = comparison(own, other, cases, job.config, job.arguments.require or default)
-    wanted, head, longest = job.arguments.checks, job.kind.__name__, job.config.max_position_embeddings
-    short = next((case for case in cases if case.name == "9 tokens, mask right"), cases[0])
-    if "tokenizer" in wanted and is_twin and job.tokenizer is not None:
-        from transformers import BertTokenizer
-
-        twin = BertTokenizer.from_pretrained(job.directory)
-        report.checks["tokenizer"] = checks.tokenizers(job.tokenizer, twin, job.texts, longest)
-    if path == "plain" and is_twin:
-        trained = (own.module, other.module, short, head, job.config)
-        if "gradients" in wanted:
-            report.checks["gradients"] = checks.gradients(*trained)
-        if "train" in wanted:
-            report.checks["train"] = checks.training(*trained, job.arguments.steps)
-    if "invariance" in wanted and is_peer:
-        for side, name in ((own, "invariance"), (other, "invariance of the reference")):
-            if side.name not in job.invariance:
-                job.invariance[side.name] = checks.invariance(side, cases, longest)
-            report.checks[name] = {**job.invariance[side.name], **({} if side is own else {"passed": True})}
-    return report
 
 
 def _write(directory: Path, certificate: dict[str, Any]) -> None:
@@ -230,19 +205,17 @@ def _verify(arguments: Arguments) -> int:
     from minibert.parity import certificate
 
     then = certificate.load(arguments.verify)
-    command = then["predicate"]["measurements"]["command"]
-    for name in ("path", "dtype", "head", "require", "against"):
-        setattr(arguments, name, command[name])
-    arguments.model = arguments.model or command["model"]
-    arguments.texts = arguments.texts or command["texts"]
+    measured = then["predicate"]["measurements"]
+    for name in ("path", "dtype", "model", "texts", "head", "revision", "threads"):
+        if name in ("path", "dtype") or getattr(arguments, name) is None:
+            setattr(arguments, name, measured["command"][name])
     job = _Job(arguments)
-    now = job.statement([])
-    found = certificate.differences(then, now)
+    found = certificate.differences(then, job.statement([]))
     holds, why = certificate.verdict(found)
-    recorded = then["predicate"]["measurements"]["machine"]["threads"]["threads"]
+    recorded = measured["threads"]["threads"]
     if "outputs" in found and recorded != torch.get_num_threads():
         torch.set_num_threads(recorded)
-        if job.digests() == then["predicate"]["measurements"]["outputs"]:
+        if job.outputs() == measured["outputs"]:
             why += f"; with {recorded} threads they are the same: the number of threads explains it"
     lines = [f"{'SAME' if holds else 'DIFFERENT'}  {job.name}: {why}"]
     lines += [f"  {group}: {'; '.join(items[:5])}" + f" and {len(items) - 5} more" * (len(items) > 5)

@@ -100,6 +100,8 @@ def synthetic(config: Any, head: str = "") -> Iterator[Case]:
         B = 1 if T == 1 else 2 if T == longest else 3
         shape = (B, 2, T) if head == "BertForMultipleChoice" else (B, T)
         ids = torch.randint(1, config.vocab_size, shape, generator=random)
+        if T > 1:  # the last word, and the padding token where it is no padding
+            ids[-1, ..., 0], ids[0, ..., -1] = config.vocab_size - 1, 0
         segments = torch.randint(config.type_vocab_size, shape, generator=random)
         for name, mask in masks(B, T):
             if T == longest and name not in ("none", "right"):
@@ -141,25 +143,25 @@ def read_texts(file: str | Path | None) -> list[str]:
 
 def labels_for(head: str, case: Case, config: Any) -> dict[str, Tensor]:
     """Labels that give this head a loss; none for an encoder."""
+    if not head.startswith("BertFor"):
+        return {}
     random = torch.Generator().manual_seed(1)
-    B, T = case.inputs["input_ids"].shape[0], case.tokens
+    B, T = len(next(iter(case.inputs.values()))), case.tokens
 
     def draw(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=random)
 
     words = torch.where(torch.rand(B, T, generator=random) < 0.5, draw(config.vocab_size, B, T), -100)
     words[0, 0] = 1
-    kinds = {
+    labels = draw(config.num_labels, B)
+    if config.num_labels == 1 or config.problem_type in ("regression", "multi_label_classification"):
+        labels = draw(2, B, config.num_labels).float().squeeze(1)
+    return {
         "BertForPreTraining": {"labels": words, "next_sentence_label": draw(2, B)},
         "BertForMaskedLM": {"labels": words},
         "BertForNextSentencePrediction": {"labels": draw(2, B)},
+        "BertForSequenceClassification": {"labels": labels},
         "BertForTokenClassification": {"labels": draw(config.num_labels, B, T)},
         "BertForQuestionAnswering": {"start_positions": draw(T, B), "end_positions": draw(T, B)},
         "BertForMultipleChoice": {"labels": draw(2, B)},
-    }
-    if head == "BertForSequenceClassification":
-        is_number = config.num_labels == 1 or config.problem_type in ("regression", "multi_label_classification")
-        numbers = draw(2, B, config.num_labels).float()
-        return {"labels": (numbers[:, 0] if config.num_labels == 1 else numbers) if is_number
-                else draw(config.num_labels, B)}  # fmt: skip
-    return kinds.get(head, {})
+    }.get(head, {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ _KEPT = 65536  # absolute errors of a tensor that the percentile is taken from, 
 _MULTIPLIER, _HALF_MULTIPLIER = 2.0, 3.0
 
 
-@dataclass
 class Tally:
     """Differences of one output or step, over all inputs that are added.
 
@@ -23,53 +21,49 @@ class Tally:
     error, reference_error: root mean square error of either side against float64, None where there is no truth.
     """
 
-    dtype: torch.dtype
-    bits: bool = True
-    max: float = 0.0
-    broken: str | None = None
-    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("d", "x", "e", "r"), 0.0))
-    _counts: dict[str, int] = field(default_factory=lambda: {"d": 0, "t": 0})
-    _sample: list[Tensor] = field(default_factory=list)
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.bits, self.max = dtype, True, 0.0
+        self.broken: str | None = None
+        self._count = self._measured = 0  # numbers, and those of which the truth is known
+        self._squares = torch.zeros(4, dtype=torch.float64)  # of differences, of what is expected, of both errors
+        self._sample = [torch.zeros(0, dtype=torch.float64)]
 
     def add(self, actual: Tensor, expected: Tensor, truth: Tensor | None = None) -> None:
         """One more pair of tensors, with the float64 result if there is one."""
         if actual.shape != expected.shape:
             self._break(f"shape {tuple(actual.shape)} against {tuple(expected.shape)}")
             return
-        a, b = actual.detach().double().flatten(), expected.detach().double().flatten()
-        if not bool(((a == b) | (a.isnan() & b.isnan())).all()):
-            self.bits = False
-        finite = a.isfinite() & b.isfinite()
-        if not bool((finite | (a == b) | (a.isnan() & b.isnan())).all()):
+        a, b = (x.detach().double().flatten() for x in (actual, expected))
+        same, finite = (a == b) | (a.isnan() & b.isnan()), a.isfinite() & b.isfinite()
+        self.bits = self.bits and bool(same.all())
+        if not bool((same | finite).all()):
             self._break("NaN or Inf on one side only")
         a, b = a[finite], b[finite]
         difference = (a - b).abs()
-        if not len(difference):
-            return
-        self.max = max(self.max, float(difference.max()))
-        self._sums["d"] += float(difference.square().sum())
-        self._sums["x"] += float(b.square().sum())
-        self._counts["d"] += len(difference)
-        self._sample.append(difference[:: max(1, len(difference) // _KEPT)])
+        self._count += len(a)
+        self._squares[:2] += torch.stack([difference.square().sum(), b.square().sum()])
+        self._sample.append(difference[:: max(1, len(a) // _KEPT)])
+        self.max = max(self.max, float(difference.amax())) if len(a) else self.max
         if truth is not None and truth.shape == actual.shape:
             exact = truth.detach().double().flatten()[finite]
-            self._sums["e"] += float((a - exact).square().sum())
-            self._sums["r"] += float((b - exact).square().sum())
-            self._counts["t"] += len(difference)
+            self._measured += len(a)
+            self._squares[2:] += torch.stack([(a - exact).square().sum(), (b - exact).square().sum()])
 
     def _break(self, why: str) -> None:
         self.bits, self.max, self.broken = False, math.inf, self.broken or why
 
-    def _root(self, name: str) -> float:
-        return math.sqrt(self._sums[name] / max(1, self._counts["d" if name in "dx" else "t"]))
-
     @property
     def rms(self) -> float:
-        return math.inf if self.broken else self._root("d")
+        return math.inf if self.broken else math.sqrt(self._squares[0] / max(1, self._count))
 
     @property
     def scale(self) -> float:
-        return self._root("x")
+        return math.sqrt(self._squares[1] / max(1, self._count))
+
+    @property
+    def relative(self) -> float:
+        """`rms` in parts of `scale`."""
+        return self.rms / (self.scale or 1.0)
 
     @property
     def unit(self) -> float:
@@ -82,15 +76,16 @@ class Tally:
 
     @property
     def p99(self) -> float:
-        return float(torch.cat(self._sample).quantile(0.99)) if self._sample else 0.0
+        sample = torch.cat(self._sample)
+        return float(sample.quantile(0.99)) if len(sample) else 0.0
 
     @property
     def error(self) -> float | None:
-        return self._root("e") if self._counts["t"] else None
+        return math.sqrt(self._squares[2] / self._measured) if self._measured else None
 
     @property
     def reference_error(self) -> float | None:
-        return self._root("r") if self._counts["t"] else None
+        return math.sqrt(self._squares[3] / self._measured) if self._measured else None
 
     def is_exact(self, both_ways: bool = False) -> bool:
         """Whether the error to float64 is at most 2 times the reference's own (3 in half precision).
@@ -99,18 +94,22 @@ class Tally:
         not be much further away either; so it must be where the only truth is this side's own float64 result, which
         would share its faults.
         """
-        if self.broken or self.error is None:
-            return self.bits and not self.broken
-        multiplier = _HALF_MULTIPLIER if self.dtype.itemsize < 4 else _MULTIPLIER
+        error, reference_error = self.error, self.reference_error
+        if self.broken or error is None or reference_error is None:
+            return self.bits
         floor = self.unit / 2
-        multiplier *= 1 + 4 / math.sqrt(self._counts["t"])  # of few numbers, a root mean square is a matter of luck
-        is_near = self.error <= multiplier * max(self.reference_error, floor)
-        return is_near and (not both_ways or self.reference_error <= 10 * max(self.error, 2 * floor))
+        multiplier = _HALF_MULTIPLIER if self.dtype.itemsize < 4 else _MULTIPLIER
+        multiplier *= 1 + 4 / math.sqrt(self._measured)  # of few numbers, a root mean square is a matter of luck
+        is_near = error <= multiplier * max(reference_error, floor)
+        return is_near and (not both_ways or reference_error <= 10 * max(error, 2 * floor))
 
     def to_dict(self) -> dict[str, Any]:
-        signal = 20 * math.log10(self.scale / self.rms) if 0 < self.rms < math.inf and self.scale else None
-        return {
-            "bits": self.bits, "max": self.max, "p99": self.p99, "rms": self.rms, "ulp": self.ulp, "sqnr_db": signal,
-            "max_hex": self.max.hex(), "broken": self.broken, "error": self.error,
-            "reference_error": self.reference_error,
-        }  # fmt: skip
+        names = ("bits", "max", "p99", "rms", "ulp", "broken", "error", "reference_error")
+        return {name: getattr(self, name) for name in names}
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square difference in parts of what is expected; infinite for a shape or NaN on one side only."""
+    tally = Tally(torch.float64)
+    tally.add(actual, expected)
+    return tally.relative

@@ -1,125 +1,107 @@
-"""A certificate for people: Markdown for a model card, and one HTML file."""
+"""A certificate for people: Markdown for a model card, and the same as one HTML file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
+from itertools import groupby
 from typing import Any
+
+from minibert.parity.certificate import FACTS, combined
+from minibert.parity.comparison import summary
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:92em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.2em .7em;text-align:left}
-td{font-variant-numeric:tabular-nums}code{font-size:.9em;background:#f4f4f4;padding:0 .2em}
+td{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}code{font-size:.9em;background:#f4f4f4;padding:0 .2em}
 .FAILED,.bug{color:#b00020;font-weight:bold}.PASSED{color:#006d2c;font-weight:bold}"""
 _LEVELS = (
     "bits: equal to the last bit. exact: root mean square error to float64 at most 2 times the reference's own, 3 in "
     "half precision. answers: top word, label, span, nearest text. Rows of padding do not count."
 )
-Block = tuple[str, Any]  # ("h1" to "h3" or "p", text) or ("table", rows with the header first)
-
-
-def _number(value: Any, digits: int = 2) -> str:
-    return "" if value is None else "0" if value == 0 else f"{value:.{digits}g}"
-
-
-def _distance(found: dict[str, Any]) -> list[str]:
-    if found["broken"]:
-        return ["no", found["broken"], "", "", ""]
-    return ["yes" if found["bits"] else "no", *(_number(found[key]) for key in ("max", "p99", "rms", "ulp"))]
-
-
-def blocks(certificate: dict[str, Any]) -> Iterator[Block]:
-    """What a certificate says, in order."""
-    predicate = certificate["predicate"]
-    found = predicate["measurements"]
-    yield "h1", f"Parity certificate: {found['model']}"
-    yield "p", f"{predicate['result']}. Repeat it: `{found['command']['line']}`"
-    rows = [["", "against", "asked for", "holds", "verdict", "largest error", "ulp", "answers that are the same"]]
-    for each in found["comparisons"]:
-        worst = max(each["outputs"].values(), key=lambda x: float("inf") if x["ulp"] is None else x["ulp"])
-        asked = [f"{name}: {a['same']} of {a['count']}{', none can flip' * a['cannot_flip']}"
-                 for name, a in each["answers"].items()]  # fmt: skip
-        result = "PASSED" if each["passed"] else "FAILED"
-        rows.append([f"{result} {each['candidate']}", each["reference"], each["require"], each["level"] or "nothing",
-                     each["verdict"], worst["broken"] or _number(worst["max"]), _number(worst["ulp"]),
-                     "; ".join(asked)])  # fmt: skip
-    yield "table", rows
-    yield "p", _LEVELS
-    for each in found["comparisons"]:
-        yield from _comparison(each)
-    yield "h2", "What it is about"
-    yield "table", [["subject", "SHA-256"], *([s["name"], s["digest"]["sha256"]] for s in certificate["subject"]),
-                    ["texts", predicate["configuration"][0]["digest"]["sha256"]]]  # fmt: skip
-    yield "h2", "Machine"
-    facts = [(f"{group}: {key}", value) for group, values in found["machine"].items() for key, value in values.items()]
-    yield "table", [["", ""], *([name, " ".join(x) if isinstance(x, list) else str(x)] for name, x in facts)]
-
-
-def _comparison(each: dict[str, Any]) -> Iterator[Block]:
-    yield "h2", f"{each['candidate']} against {each['reference']}"
-    if (first := each["first"]) is not None:
-        bug = each["bug"]
-        what = "Bug" if bug else "Bits first differ"
-        why = f" ({bug['why']}, on {bug['case']}, {bug['weights']} weights)" if bug else ""
-        yield "p", (f"{what} at {first['step']}{why}: `{first['line']}` `{first['code']}`; "
-                    f"there: `{first['twin_line']}` `{first['twin_code']}`")  # fmt: skip
-    head = ["bits", "max", "p99", "rms", "ulp"]
-    yield "table", [["output", *head, "rms error to float64", "the reference's"],
-                    *([name, *_distance(x), _number(x["error"]), _number(x["reference_error"])]
-                      for name, x in each["outputs"].items())]  # fmt: skip
-    for name, a in each["answers"].items():
-        risks = f"{a['at_risk_count']} could flip: {', '.join(a['at_risk'][:5])}"
-        proof = "so none can flip" if a["cannot_flip"] else risks
-        sizes = f"largest error {_number(a['largest_error'])}, half the smallest gap {_number(a['half_smallest_gap'])}"
-        yield "p", f"{name}: {a['same']} of {a['count']} answers the same; {sizes}, {proof}"
-    if each["checks"]:
-        yield "table", [["check", "result"], *([name, x["summary"]] for name, x in each["checks"].items())]
-    if each["steps"]:
-        yield "h3", "Steps: as errors pile up, and each on the reference's input (local)"
-        yield "table", [["step", "line", "there", *head, "local bits", "local ulp"],
-                        *([s["step"] + " (beside)" * s["beside"], s["line"], s["twin_line"], *_distance(s),
-                           "yes" if s["local"]["bits"] else "no", _number(s["local"]["ulp"])]
-                          for s in each["steps"])]  # fmt: skip
-    for note in each["notes"]:
-        yield "p", f"Note: {note}"
+_TAGS = {"#": "h1", "##": "h2", "###": "h3", "-": "li"}
 
 
 def to_markdown(certificate: dict[str, Any]) -> str:
     """The certificate as Markdown, for a model card."""
-    lines = []
-    for kind, content in blocks(certificate):
-        if kind == "table":
-            head, *rows = [[str(cell).replace("|", "\\|") for cell in row] for row in content]
-            lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-        else:
-            lines.append("#" * int(kind[1]) + " " + content if kind != "p" else content)
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join(_lines(certificate)) + "\n"
 
 
 def to_html(certificate: dict[str, Any]) -> str:
-    """One file that loads nothing."""
-    parts = []
-    for kind, content in blocks(certificate):
-        if kind == "table":
-            rows = [_row(row, "td" if number else "th") for number, row in enumerate(content)]
-            parts.append(f"<table>{''.join(rows)}</table>")
+    """The certificate as one file that loads nothing."""
+    lines, parts = to_markdown(certificate).splitlines(), []
+    for is_table, group in groupby(filter(None, lines), lambda line: line.startswith("|")):
+        if is_table:
+            head, _, *rows = (line[2:-2].split(" | ") for line in group)
+            cells = [_element("th", head), *(_element("td", row) for row in rows)]
+            parts.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
         else:
-            parts.append(f"<{kind}>{_inline(content)}</{kind}>")
-    title = escape(f"Parity certificate: {certificate['predicate']['measurements']['model']}")
+            for line in group:
+                mark, _, text = line.partition(" ")
+                parts.append(_element(_TAGS[mark], [text]) if mark in _TAGS else _element("p", [line]))
+    title = escape(lines[0].removeprefix("# "))
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{_STYLE}</style>'
             f"{''.join(parts)}</html>\n")  # fmt: skip
 
 
-def _row(cells: Sequence[Any], tag: str) -> str:
-    marked = [str(cell).split(" ")[0] for cell in cells]
-    shown = [f'<{tag} class="{mark}">' if mark in ("PASSED", "FAILED", "bug") else f"<{tag}>" for mark in marked]
-    return (
-        f"<tr>{''.join(f'{start}{_inline(str(cell))}</{tag}>' for start, cell in zip(shown, cells, strict=True))}</tr>"
-    )
+def _element(tag: str, texts: Iterable[str]) -> str:
+    """An element a text; code between backquotes, and verdicts that a text begins with, stand out."""
+    code = [re.sub("`(.*?)`", r"<code>\1</code>", escape(text.replace("\\|", "|"))) for text in texts]
+    return "".join(re.sub("^<([a-z0-9]+)>(PASSED|FAILED|bug)", r'<\1 class="\2">\2', f"<{tag}>{text}</{tag}>")
+                   for text in code)  # fmt: skip
 
 
-def _inline(text: str) -> str:
-    pieces = escape(text).split("`")
-    return "".join(f"<code>{piece}</code>" if number % 2 else piece for number, piece in enumerate(pieces))
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    yield ""
+    for row in (head, ["---"] * len(head), *rows):
+        cells = [str(cell).replace("|", "\\|") for cell in row]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _ulps(outputs: dict[str, Any]) -> str:
+    ulps = [each["ulp"] for each in outputs.values()]
+    return "infinite" if None in ulps else _number(max(ulps))
+
+
+def _bits(found: dict[str, Any]) -> str:
+    return "yes" if found["bits"] else found["broken"] or "no"
+
+
+def _lines(certificate: dict[str, Any]) -> Iterator[str]:
+    predicate = certificate["predicate"]
+    found = predicate["measurements"]
+    yield f"# Parity certificate: {found['model']}\n"
+    yield f"{predicate['result']}. Repeat it: `{found['command']['line']}`"
+    yield from _table(
+        ["result", "minibert", "against", "asked for", "holds", "verdict", "largest ulp", "same answers"],
+        [["PASSED" if each["passed"] else "FAILED", each["candidate"], each["reference"], each["require"],
+          each["level"] or "nothing", each["verdict"], _ulps(each["outputs"]),
+          "; ".join(f"{name}: {x['same']} of {x['count']}{', none can flip' * x['cannot_flip']}"
+                    for name, x in each["answers"].items())] for each in found["comparisons"]],
+    )  # fmt: skip
+    yield f"{_LEVELS}\n"
+    for each in found["comparisons"]:
+        head, *lines = summary(each)
+        yield f"## {head}\n"
+        yield from (f"- {line}" for line in lines)
+        if each["steps"]:
+            yield "\n### Steps: as errors pile up, and each on the reference's input (local)"
+            yield from _table(
+                ["step", "line", "there", "bits", "max", "p99", "rms", "ulp", "local bits", "local ulp"],
+                [[step["step"] + " (beside)" * step["beside"], step["line"], step["twin_line"], _bits(step),
+                  *(_number(step[key]) for key in ("max", "p99", "rms", "ulp")), _bits(step["local"]),
+                  _number(step["local"]["ulp"])] for step in each["steps"]],
+            )  # fmt: skip
+    yield "\n## What it is about"
+    subjects = {"weights": combined(found["weights"]), "texts": combined(found["texts"]), **found["files"]}
+    yield from _table(["subject", "SHA-256"], subjects.items())
+    yield "## Machine"
+    facts = [(f"{group}: {name}", value) for group in FACTS for name, value in found[group].items()]
+    yield from _table(["", ""], ((name, " ".join(x) if isinstance(x, list) else x) for name, x in facts))

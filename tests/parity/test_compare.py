@@ -175,7 +175,7 @@ def test_eager_attention_is_rounding_that_starts_at_the_context(head):
     report = compare(ours, eager, require="bits")
     assert (report.verdict, report.level) == ("rounding", "exact")
     assert not report
-    assert report.first.name.endswith("attention.self.context")
+    assert report.first.step.endswith("attention.self.context")
     assert "scaled_dot_product_attention" in report.first.code
     assert "matmul(attn_weights, value)" in report.first.twin_code
     assert compare(ours, eager, require="exact")

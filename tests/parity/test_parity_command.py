@@ -131,14 +131,14 @@ def test_verify_names_one_thread_more(written, capsys):
 
 
 def test_what_differs_is_explained():
-    measured = {"weights": {}, "texts": [], "outputs": {"plain": {"case": "0"}},
-                "machine": {"hardware": {"flags": ["avx", "avx2"]}, "version": {"torch": "2.13.0"}}}  # fmt: skip
-    then = {"subject": [], "predicate": {"measurements": measured}}
+    measured = {group: {} for group in (*certificate.SUBJECTS, *certificate.FACTS)}
+    measured |= {"outputs": {"plain, case": "0"}, "hardware": {"flags": ["avx", "avx2"]}, "version": {"torch": "2.13.0"}}
+    then = {"predicate": {"measurements": measured}}
     now = json.loads(json.dumps(then))
-    now["predicate"]["measurements"]["outputs"]["plain"]["case"] = "1"
+    now["predicate"]["measurements"]["outputs"]["plain, case"] = "1"
     found = certificate.differences(then, now)
     assert certificate.verdict(found) == (False, "results differ: nothing that is recorded explains it")
-    now["predicate"]["measurements"]["machine"]["hardware"]["flags"].append("avx512f")
+    now["predicate"]["measurements"]["hardware"]["flags"].append("avx512f")
     found = certificate.differences(then, now)
     assert found["hardware"] == ["flags was [], is ['avx512f']"]
     assert certificate.verdict(found) == (False, "results differ: hardware may explain it")
