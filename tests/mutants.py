@@ -379,3 +379,226 @@ def transform_without_norm(model):
 def activation_twice(model):
     for layer in encoder(model).encoder.layer:
         replace_forward(layer.intermediate.intermediate_act_fn, lambda self, x: F.gelu(F.gelu(x)))  # fault
+
+
+def embed(body):
+    """Embeddings whose forward is `body(self, ids, segments, positions)`."""
+
+    def forward(self, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None):
+        segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        return body(self, input_ids, segments, torch.arange(input_ids.shape[1])[None])
+
+    return lambda model: replace_forward(encoder(model).embeddings, forward)
+
+
+FAULTS["segments missing"] = embed(
+    lambda self, ids, segments, positions: self.LayerNorm(
+        self.word_embeddings(ids) + self.position_embeddings(positions)  # fault
+    )
+)
+FAULTS["positions missing"] = embed(
+    lambda self, ids, segments, positions: self.LayerNorm(
+        self.word_embeddings(ids) + self.token_type_embeddings(segments)  # fault
+    )
+)
+
+
+@fault
+def residual_from_the_layers_input(model):
+    def forward(self, hidden_states, mask=None, *rest, **more):
+        return self.output(self.intermediate(self.attention(hidden_states, mask)), hidden_states)
+
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer, forward)
+
+
+@fault
+def attention_output_left_out(model):
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer.attention.output, lambda self, x, residual: self.LayerNorm(x + residual))  # fault
+
+
+@fault
+def transform_left_out(model):
+    replace_forward(model.cls.predictions.transform, lambda self, hidden_states: hidden_states)
+
+
+@fault
+def pooler_with_relu(model):
+    replace_forward(encoder(model).pooler.activation, lambda self, x: F.relu(x))  # fault
+
+
+@fault
+def one_key_too_many(model):
+    """The softmax with one more, empty, key."""
+
+    def kernel(query, key, value, mask):
+        mask = None if mask is None else F.pad(mask, (0, 1), value=True)
+        return F.scaled_dot_product_attention(query, *(F.pad(x, (0, 0, 0, 1)) for x in (key, value)), mask)  # fault
+
+    with_attention(model, kernel)
+
+
+@fault
+def heads_permuted(model):
+    with_attention(model, lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask).flip(1))  # fault
+
+
+@fault
+def sigmoid_for_softmax(model):
+    def kernel(query, key, value, mask):
+        scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        return torch.matmul(torch.sigmoid(scores), value)  # fault
+
+    with_attention(model, kernel)
+
+
+@fault
+def query_in_half_precision(model):
+    for layer in encoder(model).encoder.layer:
+        replace_forward(
+            layer.attention.self.query,
+            lambda self, x: F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16()).to(x.dtype),  # fault
+        )
+
+
+@fault
+def autocast(model):
+    """Half precision that float64 does not show: torch's autocast leaves float64 alone."""
+
+    def forward(self, x, *rest, **more):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run_layers(self.layer, x, *rest).to(x.dtype)
+
+    replace_forward(encoder(model).encoder, forward)
+
+
+@fault
+def result_depends_on_the_batch(model):
+    dense = encoder(model).encoder.layer[1].intermediate.dense
+    replace_forward(dense, lambda self, x: F.linear(x - 1e-3 * x.mean(0, True), self.weight, self.bias))  # fault
+
+
+@fault
+def padding_masked_by_its_id(model):
+    """A mask is made of the ids where none is given: text that has the padding token in it loses it."""
+
+    def forward(self, input_ids=None, attention_mask=None, *rest, **more):
+        mask = (input_ids != 0).long() if attention_mask is None else attention_mask
+        return type(self).forward(self, input_ids, mask, *rest, **more)
+
+    replace_forward(encoder(model), forward)
+
+
+# Faults that a forward pass does not show: what the check "gradients" must call a bug
+HIDDEN: dict[str, Fault] = {}
+
+
+def hidden(function: Fault) -> Fault:
+    HIDDEN[function.__name__.replace("_", " ")] = function
+    return function
+
+
+@hidden
+def residual_detached(model):
+    residual(lambda self, x, residual: self.LayerNorm(self.dense(x) + residual.detach()))(model)
+
+
+@hidden
+def gradient_scaled(model):
+    dense = encoder(model).encoder.layer[1].intermediate.dense
+    replace_forward(dense, lambda self, x: (y := F.linear(x, self.weight, self.bias)).detach() + 2 * (y - y.detach()))
+
+
+@hidden
+def embeddings_frozen(model):
+    encoder(model).embeddings.position_embeddings.weight.requires_grad_(False)
+
+
+@hidden
+def next_sentence_labels_exchanged(model):
+    def forward(self, *inputs, next_sentence_label=None, **more):
+        flipped = None if next_sentence_label is None else 1 - next_sentence_label
+        return type(self).forward(self, *inputs, next_sentence_label=flipped, **more)
+
+    replace_forward(model, forward)
+
+
+# Other ways to compute the same: rounding
+WAYS: dict[str, Fault] = {
+    "positions added first": embed(
+        lambda self, ids, segments, positions: self.LayerNorm(
+            self.position_embeddings(positions) + self.token_type_embeddings(segments) + self.word_embeddings(ids)
+        )
+    ),
+    "residual within the product": residual(
+        lambda self, x, residual: self.LayerNorm(
+            torch.baddbmm(residual + self.dense.bias, x, self.dense.weight.T.expand(len(x), -1, -1))
+        )
+    ),
+}
+
+
+def way(function: Fault) -> Fault:
+    WAYS[function.__name__.replace("_", " ")] = function
+    return function
+
+
+@way
+def row_by_row(model):
+    def forward(self, x):
+        return torch.cat(
+            [self.intermediate_act_fn(F.linear(row, self.dense.weight, self.dense.bias)) for row in x[:, None]]
+        )
+
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer.intermediate, forward)
+
+
+@way
+def head_by_head(model):
+    def kernel(query, key, value, mask):
+        mask = None if mask is None else mask[:, 0]
+        parts = [x.unbind(1) for x in (query, key, value)]
+        return torch.stack([F.scaled_dot_product_attention(*head, mask) for head in zip(*parts, strict=True)], 1)
+
+    with_attention(model, kernel)
+
+
+@way
+def query_key_and_value_in_one(model):
+    def forward(self, hidden_states, mask=None, *rest, **more):
+        B, T, D = hidden_states.shape
+        parts = (self.query, self.key, self.value)
+        fused = F.linear(hidden_states, torch.cat([x.weight for x in parts]), torch.cat([x.bias for x in parts]))
+        heads = [x.view(B, T, -1, self.attention_head_size).transpose(1, 2) for x in fused.chunk(3, -1)]
+        return F.scaled_dot_product_attention(*heads, mask).transpose(1, 2).reshape(B, T, D)
+
+    for module in attentions(model):
+        replace_forward(module, forward)
+
+
+@way
+def sum_backwards(model):
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer.output.dense, lambda self, x: F.linear(x.flip(-1), self.weight.flip(-1), self.bias))
+
+
+@way
+def norm_by_hand(model):
+    def forward(self, x):
+        variance = x.var(-1, keepdim=True, unbiased=False)
+        return (x - x.mean(-1, True)) / (variance + self.eps).sqrt() * self.weight + self.bias
+
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer.output.LayerNorm, forward)
+
+
+@way
+def mask_by_infinity(model):
+    def kernel(query, key, value, mask):
+        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3))
+        return torch.matmul(F.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), -1), value)
+
+    with_attention(model, kernel)

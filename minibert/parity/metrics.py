@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Outputs = dict[str, Tensor]
 _KEPT = 65536  # absolute errors of a tensor that the percentile is taken from, evenly spread
 # How much larger than the reference's an error to float64 may be: the multipliers of torch's own `same`
 _MULTIPLIER, _HALF_MULTIPLIER = 2.0, 3.0
@@ -113,3 +114,11 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     tally = Tally(torch.float64)
     tally.add(actual, expected)
     return tally.relative
+
+
+def named(result: Any) -> Outputs:
+    """The results of a call that are numbers, but for the loss, by name; by position ("0", "1") without names."""
+    if not hasattr(result, "items"):
+        result = {str(i): x for i, x in enumerate(result if isinstance(result, tuple | list) else [result])}
+    tensors = {key: torch.as_tensor(x).cpu() for key, x in result.items() if hasattr(x, "shape") and key != "loss"}
+    return {key: value for key, value in tensors.items() if value.is_floating_point()}

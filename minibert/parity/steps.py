@@ -10,7 +10,7 @@ import copy
 import itertools
 import sys
 import zlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch.utils import _pytree as pytree
 
 from minibert import study
 from minibert.parity.inputs import Case
-from minibert.parity.metrics import Tally, relative
+from minibert.parity.metrics import Tally, named, relative
 from minibert.study import Source, Trace
 
 FALL = 1e-6  # rounding falls by at least this from float32 to float64
 FLOORS = {"plain": 1e-11, "noise": 1e-11, "sharp": 1e-6}  # relative errors that float64 itself may make
 _SCORE = 1e6  # of "sharp" weights: above any number that stands for minus infinity by mistake
+_COARSE = 500  # ulps of a step on equal inputs that no order of a sum explains; half precision has thousands
 _SMALL = 64  # tokens up to which steps are looked at
 # Operations that only look at numbers another way
 _VIEWS = {
@@ -114,7 +115,7 @@ def visible(name: str, tensor: Tensor, case: Case) -> Tensor:
     if real is None:
         return tensor
     B, T = real.shape
-    if name.split("#")[0].endswith(".scores") and tensor.ndim == 4:
+    if name.split("#")[0].endswith(".scores") and tensor.ndim == 4 and tensor.shape[-1] == T:
         tensor = torch.where(real[:, None, None], tensor, 0.0)
     if tensor.ndim >= 2 and tensor.shape[:2] == (B, T):
         return tensor[real]
@@ -158,8 +159,8 @@ def _lines(name: str, source: Source, twin: Source) -> tuple[str, str, str, str,
 
 
 def _results(traced: Trace) -> dict[str, Tensor]:
-    """What a side really computed, by the step's name, then its outputs."""
-    return {step.name: step.tensor for step in traced if not step.beside}
+    """What a side really computed, by the step's name; of embeddings, which two are added first is free."""
+    return {step.name: step.tensor for step in traced if not (step.beside or step.name.endswith("words_and_segments"))}
 
 
 def diagnose(
@@ -186,6 +187,15 @@ def diagnose(
     return None
 
 
+def coarse(found: list[Row]) -> Finding | None:
+    """The first step that is far less precise than its type, which float64 need not show: under autocast, say."""
+    for row in found:
+        if not row.beside and row.local.ulp > _COARSE:
+            why = f"{row.local.ulp:.0f} ulp off on equal inputs, but not in float64: it computes in a lower precision"
+            return Finding(**row.place(), case="all cases", weights="plain", error=row.local.relative, why=why)
+    return None
+
+
 def _largest_score(model: nn.Module, case: Case) -> float:
     scores = study.trace(stressed(model), case.inputs).ending(".scores")
     shown = [visible(step.name, step.tensor, flat(case)) for step in scores]
@@ -199,6 +209,12 @@ def _finding(
     own = study.trace(model, case.inputs, given=_results(theirs))
     if not any(error > FLOORS[kind] for *_, error in _errors(own, theirs, case)):
         return None
+    results, wanted = (named(each.output) for each in (study.trace(model, case.inputs), theirs))
+    if wanted.keys() == results.keys() and all(
+        relative(*(visible(name, each[name], case) for each in (results, wanted))) < 10 * FLOORS[kind]
+        for name in wanted
+    ):
+        return None  # other steps that lead to the same: a sum in another order, say
     with _Operations() as known:  # the same once more, with every operation
         theirs = study.trace(reference, case.inputs)
     with _Operations() as done:
@@ -209,7 +225,7 @@ def _finding(
         way, common = done.way_to(actual)[0], {id(x) for x in _results(theirs).values() if x is not wanted}
         cast = _cast([*way, *known.way_to(wanted, common)[0]], error, dtype)
         if cast is None:
-            step, source, twin, why = _place(name, wanted, own, theirs, way, known)
+            step, source, twin, why = _place(name, actual, wanted, own, theirs, done, known)
             return Finding(*_lines(step, source, twin), case.name, kind, error, why)
         notes += [cast] * (cast not in notes)
     return None
@@ -217,15 +233,10 @@ def _finding(
 
 def _errors(own: Trace, theirs: Trace, case: Case) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """(name, result, what it should be, relative error) of each step in the order of `own`, then of each output."""
-    expected = {**_results(theirs), **_outputs(theirs)}
-    for name, actual in [*_results(own).items(), *_outputs(own).items()]:
+    expected = {**_results(theirs), **named(theirs.output)}
+    for name, actual in [*_results(own).items(), *named(own.output).items()]:
         if (wanted := expected.get(name)) is not None:
             yield name, actual, wanted, relative(*(visible(name, each, flat(case)) for each in (actual, wanted)))
-
-
-def _outputs(traced: Trace) -> dict[str, Tensor]:
-    items = traced.output.items() if hasattr(traced.output, "items") else ()
-    return {key: value for key, value in items if isinstance(value, Tensor)}
 
 
 def _cast(operations: list[_Operation], error: float, dtype: torch.dtype) -> str | None:
@@ -239,13 +250,14 @@ def _cast(operations: list[_Operation], error: float, dtype: torch.dtype) -> str
 
 
 def _place(
-    name: str, wanted: Tensor, own: Trace, theirs: Trace, way: list[_Operation], known: _Operations
+    name: str, actual: Tensor, wanted: Tensor, own: Trace, theirs: Trace, done: _Operations, known: _Operations
 ) -> tuple[str, Source, Source, str]:
     """Where it goes wrong: a step left out on the way; else the first operation whose result the other never has."""
     order = {step.name: number for number, step in enumerate(own)}
     shared = {id(step.tensor): step.name for step in theirs if step.name in order and step.tensor is not wanted}
     twin = theirs.step(name) if name in theirs else theirs.steps[-1]
     source = own.step(name).source if name in own else own.steps[-1].source
+    way, _ = done.way_to(actual)
     blamed = _blamed(way, known, {id(step.tensor) for step in theirs})
     passed, reached = known.way_to(wanted, shared)
     made = {id(operation.output) for operation in passed}
@@ -254,9 +266,28 @@ def _place(
     if left_out and not late:
         name, twin = left_out[0].name, left_out[0]
         if blamed is None or blamed is way[-1]:
-            before = [own.step(step.name) for step in theirs.steps[: theirs.steps.index(twin)] if step.name in order]
-            return name, before[-1].source if before else source, twin.source, "this step is not computed"
-    return name, blamed.source if blamed else source, twin.source, "another result on equal inputs"
+            beside = [step for step in theirs if step.name in order and _parent(step.name) == _parent(name)]
+            before = [step for step in beside if theirs.steps.index(step) < theirs.steps.index(twin)]
+            if nearest := [*before[-1:], *beside[:1]]:
+                source = own.step(nearest[0].name).source
+            elif blamed is not None:
+                source = blamed.source
+            return name, source, twin.source, "this step is not computed"
+    here, taken = done.way_to(actual, shared)
+    mine, other = ({shared[i] for i in each} for each in (taken, reached))
+    made = {id(operation.output) for operation in here}
+    extra = [step.name for step in own if id(step.tensor) in made and step.name not in theirs]
+    changes = (
+        [f"with {each}, which is computed here alone" for each in extra[:1]]
+        + [f"not of {each}" for each in sorted(other - mine)]
+        + [f"of {each}" for each in sorted(mine - other)]
+    )
+    why = f"made otherwise: {', '.join(changes)}" if changes else "another result on equal inputs"
+    return name, blamed.source if blamed else source, twin.source, why
+
+
+def _parent(step: str) -> str:
+    return step.rpartition(".")[0]
 
 
 def _blamed(way: list[_Operation], known: _Operations, given: set[int]) -> _Operation | None:
@@ -304,25 +335,24 @@ class _Operations(TorchFunctionMode):
                 self.all.append(_Operation(name, output, inputs, study.source_of(sys._getframe(1))))
         return result
 
-    def way_to(self, end: Tensor, stops: Container[int] = ()) -> tuple[list[_Operation], set[int]]:
+    def way_to(self, end: Tensor, stops: Collection[int] = ()) -> tuple[list[_Operation], set[int]]:
         """The operations that led to a tensor, back to those in `stops`, and which of these were reached."""
-        needed, way, reached = {id(end)}, [], set()
+        needed, way = {id(end)}, []
         for operation in reversed(self.all):
-            made = id(operation.output)
-            if made in needed and made in stops:
-                reached.add(made)
-            elif made in needed:
+            if id(operation.output) in needed and id(operation.output) not in stops:
                 way.append(operation)
                 needed.update(operation.inputs)
-        return way[::-1], reached
+        return way[::-1], needed.intersection(stops)
 
     def has(self, tensor: Tensor) -> bool:
         """Whether a result like this, of the same shape, is among them; (T,) and (1, T) are alike."""
-        shape = _shape(tensor)
-        return any(_shape(each.output) == shape and relative(tensor.reshape(shape), each.output.reshape(shape)) < 1e-9
-                   for each in self.all)  # fmt: skip
+        wanted = _bare(tensor)
+        return any(relative(wanted, found) < 1e-9 for found in (_bare(each.output) for each in self.all)
+                   if found.shape == wanted.shape)  # fmt: skip
 
 
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    """Without leading ones."""
-    return tuple(itertools.dropwhile(lambda size: size == 1, tensor.shape))
+def _bare(tensor: Tensor) -> Tensor:
+    """Without leading ones, and without what stands for minus infinity, beside which all else is as good as equal."""
+    shape = tuple(itertools.dropwhile(lambda size: size == 1, tensor.shape))
+    numbers = tensor.detach().reshape(shape).double()
+    return torch.where(numbers < -1e8, 0.0, numbers)

@@ -8,7 +8,7 @@ import linecache
 import mutants
 import pytest
 import torch
-from mutants import FAULTS
+from mutants import FAULTS, HIDDEN, WAYS
 from reference import HEADS, batch_for, twins
 
 import minibert
@@ -34,13 +34,18 @@ ELSEWHERE = {
     "a layer left out": ("bert.encoder.layer.2.attention.self.query", ""),
     "mask on queries": ("attention.self.context", "scores + torch.zeros_like(keep"),
     "decoder untied": ("cls.predictions.decoder", "self.decoder("),
+    "residual from the layers input": ("bert.encoder.layer.0.output.residual", "+ residual"),
+    "transform left out": ("cls.predictions.transform.dense", "self.decoder("),
+    "autocast": ("bert.encoder.layer.0.attention.self.query", "self.query("),
+    "padding masked by its id": ("attention.self.context", "scaled_dot_product_attention"),
     "one weight changed": ("bert.encoder.layer.1.intermediate.dense", "self.dense(hidden_states)"),
 }
 
 
 def inputs(tokens: int) -> list[dict[str, torch.Tensor]]:
-    """Whole, and padded at the right."""
+    """Whole, with a padding token that is none, and padded at the right."""
     batch = batch_for("BertModel", batch=3, tokens=tokens)
+    batch["input_ids"][0, -1] = 0
     mask = torch.ones(3, tokens, dtype=torch.long)
     mask[1, max(1, tokens // 2) :] = 0
     mask[2, -1] = 0
@@ -100,6 +105,42 @@ def test_equal_to_the_last_bit(head):
     assert report.first is None
 
 
+def test_a_step_made_of_others_is_told_of_which(pair):
+    mutant = copy.deepcopy(pair[1])
+    FAULTS["residual from the layers input"](mutant)
+    why = compare(mutant, pair[0], inputs(9)).bug.why
+    assert "not of bert.encoder.layer.0.attention.output.LayerNorm" in why
+    assert "of bert.embeddings.LayerNorm" in why
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_fault_of_the_gradient_alone_is_a_bug(pair, name):
+    mutant = copy.deepcopy(pair[1])
+    HIDDEN[name](mutant)
+    report = compare(mutant, pair[0], inputs(9))
+    assert report.level == "bits"
+    assert report.verdict == report.checks["gradients"]["verdict"] == "bug", report
+    assert not report
+    assert compare(mutant, pair[0], inputs(9), checks=()).verdict == "same bits"
+
+
+def test_all_checks_of_what_is_equal_pass(pair):
+    report = compare(pair[1], pair[0], inputs(9), require="bits", checks=("gradients", "train", "invariance"))
+    assert report, report
+    assert {name: check["verdict"] for name, check in report.checks.items()}.items() >= {
+        "gradients": "same bits", "train": "same bits"
+    }.items()  # fmt: skip
+    assert report.checks["invariance"]["verdict"] in ("same bits", "rounding")
+
+
+def test_a_result_that_depends_on_the_batch_fails_the_invariance(pair):
+    mutant = copy.deepcopy(pair[1])
+    FAULTS["result depends on the batch"](mutant)
+    check = compare(mutant, mutant, inputs(9), checks=["invariance"]).checks["invariance"]
+    assert check["verdict"] == "bug"
+    assert "stays in float64: alone" in check["summary"]
+
+
 def alone(model):
     """Each text alone in place of a batch."""
 
@@ -149,7 +190,7 @@ def moved(model, offset=None):
     return model
 
 
-WAYS = {
+AROUND = {
     "batch": alone,
     "padding": padded,
     "threads": two_threads,
@@ -160,11 +201,14 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*AROUND, *WAYS])
 def test_another_way_to_compute_the_same_is_rounding(pair, way):
     reference, ours = pair
+    if way in WAYS:
+        ours = copy.deepcopy(ours)
+        WAYS[way](ours)
     for tokens in (2, 31):
-        report = compare(WAYS[way](ours), reference, inputs(tokens))
+        report = compare(AROUND[way](ours) if way in AROUND else ours, reference, inputs(tokens))
         assert report.verdict in ("rounding", "same bits"), report
         assert report.passed
 

@@ -209,3 +209,30 @@ def test_what_is_no_certificate_is_trouble(tmp_path, capsys):
     with pytest.raises(SystemExit) as status:
         main(["parity", "--dtype", "float13"])
     assert status.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({}, ""),
+        ({"do_lower_case": False}, "text 1 differs in input_ids at piece 1: ['[UNK]'] and ['a']"),
+        ({"strip_accents": False}, "text 7 differs in input_ids"),
+        ({"tokenize_chinese_chars": False}, "text 8 differs in input_ids"),
+        ({"truncation_side": "left"}, "differs in input_ids at piece 1"),
+        ({"sep_token": "[CLS]"}, "text 1 differs in input_ids at piece 2: ['[CLS]'] and ['[SEP]']"),
+    ],
+)
+def test_a_fault_of_the_tokenizer_is_a_bug(tmp_path, fault, said):
+    import transformers
+
+    from minibert.parity import checks, inputs
+    from minibert.text.tokenizer import BertTokenizer
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.!?é東京近"]
+    pieces += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyzé京"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    found = checks.tokenizers(BertTokenizer.from_pretrained(tmp_path, **fault), theirs, inputs.TEXTS, 512)
+    assert found["verdict"] == ("bug" if fault else "same"), found
+    assert said in found["summary"]
+    assert found["passed"] is not bool(fault)
