@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,21 @@ def english() -> list[str]:
     """2,111 sentences of real English, with accents, figures and abbreviations; see tests/data/README.md."""
     text = (Path(__file__).parent / "data" / "english.txt").read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """A file system of so many bytes, each time it is called; the last call's is made larger by calling again."""
+    made = tmp_path / "disk"
+
+    def mount(size: int) -> Path:
+        options = f"size={size}" + (",remount" if made.is_mount() else "")
+        made.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(made)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("no file system can be mounted here")
+        return made
+
+    yield mount
+    if made.is_mount():
+        subprocess.run(["umount", "--lazy", str(made)], check=True)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
@@ -202,7 +202,7 @@ def _write_shard(block: Block, prose: bool, directory: Path, number: int, dtype:
     sizes = sizes[sizes > 0]
     for kind, array in (("tokens", tokens.astype(dtype)), ("lengths", lengths), ("sizes", sizes)):
         with disk.replacing(directory / f"{kind}-{name}") as partial, partial.open("wb") as file:
-            np.save(file, array)
+            _save(file, [array], len(array), array.dtype)
     info = {
         "digest": digest,
         "file": str(block.path),
@@ -332,11 +332,25 @@ def _fingerprint(directory: Path, count: int) -> str:
 def _join(directory: Path, kind: str, count: int, name: str) -> None:
     """Join the per-shard sizes `kind` to one array of offsets, shard by shard."""
     parts = [np.load(directory / f"{kind}-{i:05d}.npy", mmap_mode="r") for i in range(count)]
-    with disk.replacing(directory / name) as partial:
-        total = 1 + sum(map(len, parts))
-        offsets = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int64, shape=(total,))
-        at = 1
+
+    def offsets() -> Iterator[np.ndarray]:
+        end = np.zeros(1, np.int64)
+        yield end
         for part in parts:
-            offsets[at : at + len(part)] = offsets[at - 1] + np.cumsum(part)
-            at += len(part)
-        offsets.flush()
+            ends = end[-1] + np.cumsum(part)
+            yield ends
+            end = ends if len(ends) else end
+
+    with disk.replacing(directory / name) as partial, partial.open("wb") as file:
+        _save(file, offsets(), 1 + sum(map(len, parts)), np.dtype(np.int64))
+
+
+def _save(file: BinaryIO, parts: Iterable[np.ndarray], length: int, dtype: np.dtype) -> None:
+    """Write a .npy (length,) whose content comes in parts.
+
+    Neither numpy's own writer, which does not say that a disk is full, nor a memory map, which ends the process then.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    for part in parts:
+        file.write(np.ascontiguousarray(part, dtype).data)

@@ -104,10 +104,16 @@ def without_placeholders(text: str) -> str:
 
 
 def read_vocab(path: str | os.PathLike[str]) -> dict[str, int]:
-    """The pieces of a vocab.txt with their ids. Raises FileNotFoundError, or ValueError for an empty file."""
+    """The pieces of a vocab.txt with their ids.
+
+    Raises FileNotFoundError, or ValueError for a file that is empty or not UTF-8.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"vocab: there is no file {os.fspath(path)!r}")
-    vocab = WordPiece.read_file(os.fspath(path))
+    try:
+        vocab = WordPiece.read_file(os.fspath(path))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"vocab: {os.fspath(path)!r} cannot be read: {error}") from None
     if not vocab:
         raise ValueError(f"vocab: {os.fspath(path)!r} is empty")
     return vocab

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from minibert.training.run import read_metrics
+from minibert.weights import files
 
 
 def plot_curves(metrics: str | os.PathLike[str], image: str | os.PathLike[str]) -> None:
@@ -27,7 +28,8 @@ def plot_curves(metrics: str | os.PathLike[str], image: str | os.PathLike[str]) 
     for panel in panels[1]:
         panel.set_xlabel("step")
     panels[0, 0].legend()
-    figure.savefig(image, dpi=120)
+    with files.replacing(image) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _curve(panel: Any, records: list[dict[str, Any]], name: str, **style: Any) -> None:

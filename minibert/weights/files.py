@@ -23,7 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     counts: a crash, a full disk or a power cut leave the old file or the new one. If the block fails, the old file is
     as it was. A symbolic link stays one, and what it points to is replaced. A pipe or a device is written to directly.
 
-    Raises OSError where the directory cannot be written, and where `path` is one.
+    Raises OSError, which names `path`, where the directory cannot be written, the disk is full, or `path` is a directory.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -39,6 +39,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield partial
         sync(partial)
         os.replace(partial, target)
+    except OSError as error:
+        raise named(error, path) from error
     finally:
         partial.unlink(missing_ok=True)
     sync(target.parent)
@@ -48,6 +50,13 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Make `content` the content of a file, text in UTF-8; `replacing` says what a crash leaves."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
+    """The error itself if it says which file it is about, else one that says it: writing to an open file does not."""
+    if error.filename is not None or error.errno is None:
+        return error
+    return OSError(error.errno, error.strerror, os.fspath(path))
 
 
 def remove_partials(directory: str | os.PathLike[str]) -> None:

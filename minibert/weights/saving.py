@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 
-from minibert.weights.files import sync
+from minibert.weights.files import named, sync
 
 _SAVED = ".saved"  # in a model's directory: a whole set of files that are taking their places
 _LIST = "files.json"  # in there: their names, and those that they make stale
@@ -56,11 +56,13 @@ def replacing(directory: str | os.PathLike, stale: Callable[[str], bool] = lambd
                 sync(path)
             os.rename(staging, directory / _SAVED)
             _move(directory)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if is_new:
             with suppress(OSError):  # not empty: someone else has written there
                 directory.rmdir()
+        if isinstance(error, OSError):
+            raise named(error, directory) from error
         raise
 
 

@@ -6,6 +6,8 @@ import gzip
 import json
 import lzma
 import pickle
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,6 +103,42 @@ def test_an_interrupted_build_goes_on(text, vocab, tmp_path, monkeypatch):
     assert sentences_of(build(text, tmp_path / "corpus", vocab)) == before
     rewritten = [path.name for path in parts if path.stat().st_mtime_ns != times[path]]
     assert rewritten == ["tokens-00002.npy"]
+
+
+JOIN = """
+import sys
+from pathlib import Path
+from minibert.pretraining import corpus
+corpus._join(Path(sys.argv[1]), "lengths", 1, "sentences.npy")
+"""
+
+
+def test_a_full_disk_is_an_error_and_no_crash(small_disk):
+    """In a process of its own: a memory map on a full disk would end it with a signal."""
+    disk = small_disk(1 << 17)
+    np.save(disk / "lengths-00000.npy", np.ones(10_000, np.int64))
+    done = subprocess.run([sys.executable, "-c", JOIN, disk], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert not (disk / "sentences.npy").exists()
+    small_disk(1 << 20)
+    subprocess.run([sys.executable, "-c", JOIN, disk], check=True)
+    assert np.array_equal(np.load(disk / "sentences.npy"), np.arange(10_001))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_corpus_is_built_when_there_is_room_again(share, text, vocab, small_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "BLOCK_BYTES", 20_000)
+    text.write_text((TEXT + "\n") * 500, encoding="utf-8")
+    whole = build(text, tmp_path / "whole", vocab)
+    pages = sum(-(-path.stat().st_size // 4096) for path in whole.directory.iterdir())
+    disk = small_disk(4096 * int(share * pages))
+    with pytest.raises(OSError, match=r"No space left on device: '.*/corpus/"):
+        build(text, disk / "corpus", vocab)
+    with pytest.raises(FileNotFoundError, match="no finished corpus"):
+        Corpus(disk / "corpus")
+    small_disk(1 << 22)
+    assert build(text, disk / "corpus", vocab).fingerprint == whole.fingerprint
 
 
 def test_other_text_or_vocabulary_is_built_anew(text, vocab, tmp_path):

@@ -188,6 +188,12 @@ def test_errors_of_the_vocabulary(vocab, error):
         BertTokenizer(vocab)
 
 
+def test_a_vocabulary_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes("[UNK]\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"vocab.txt' cannot be read: .*UTF-8"):
+        BertTokenizer.from_pretrained(tmp_path)
+
+
 def test_save_refuses_a_file(ours, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="must be a directory"):

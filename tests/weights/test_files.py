@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -34,6 +35,26 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert names(tmp_path) == ["file"]
+
+
+def test_an_error_of_writing_names_the_file(tmp_path):
+    """Python names none where an open file cannot be written any more."""
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file'") as raised, files.replacing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="elsewhere"), files.replacing(path):
+        raise OSError(errno.EIO, "Input/output error", "elsewhere")
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk(small_disk):
+    disk = small_disk(1 << 16)
+    files.write(disk / "file", "old")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file'"):
+        files.write(disk / "file", b"x" * (1 << 17))
+    assert (disk / "file").read_text() == "old"
+    assert names(disk) == ["file"]
 
 
 def test_the_content_is_on_disk_before_it_counts_and_its_name_after(tmp_path, monkeypatch):
