@@ -110,20 +110,37 @@ def texts(arguments: Arguments) -> Iterable[str]:
 
 
 def lines(file: str) -> Iterator[str]:
-    """The lines of a UTF-8 file without their ends. ValueError, with its number, for one that is not UTF-8."""
+    """The lines of a UTF-8 file without their ends. ValueError, with its number, for one that is no line of text."""
     with opened(file) as stream:
         for number, line in enumerate(stream, 1):
             try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file}: line {number} is not UTF-8: {error}") from None
+                yield text_of(line, number)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from None
+
+
+def text_of(line: bytes, number: int) -> str:
+    """The line of this number, counted from 1, as text without its end.
+
+    Raises ValueError for what is not UTF-8 and for what others would take for several lines: which line a result
+    belongs to must not depend on who counts.
+    """
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {number} is not UTF-8: {error}") from None
+    if "\0" in text:
+        raise ValueError(f"line {number} is not UTF-8: it has a NUL byte, as UTF-16 and binary files have")
+    if "\r" in text:
+        raise ValueError(f"line {number} has a carriage return in it: end lines with a line feed")
+    return text
 
 
 def opened(file: str) -> BinaryIO:
     """A file for reading bytes: as it is, unpacked if its name ends in .gz or .xz, or standard input for "-"."""
     if file == STANDARD_INPUT:
         return open(sys.stdin.fileno(), "rb", closefd=False)
-    opener: Any = PACKED.get(Path(file).suffix, open)
+    opener: Any = PACKED.get(Path(file).suffix.lower(), open)
     return opener(file, "rb")
 
 

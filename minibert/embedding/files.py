@@ -11,11 +11,12 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from minibert.checks import check_count
 from minibert.embedding.encoder import SentenceEncoder
 from minibert.embedding.options import Options
 from minibert.embedding.texts import CHUNK_CHARACTERS
-from minibert.terminal import PACKED, STANDARD_INPUT, opened
+from minibert.terminal import PACKED, STANDARD_INPUT, opened, text_of
 from minibert.weights import files as disk
 
 _LINES = 256  # at once; more is no faster, and they are what an interruption costs
@@ -78,8 +79,9 @@ def embed_file(
     options are those of `SentenceEncoder.encode` that change vectors: prompt_name, prompt, normalize, truncate_dim;
     and batch_size. processes: spread the work over so many new ones, as there.
 
-    Raises ValueError for a line that is not UTF-8, and if the unfinished work is of another input or other settings;
-    OSError for files that cannot be read or written.
+    Raises ValueError for a line that is not UTF-8 or has a carriage return in it, if the unfinished work is of another
+    input or other settings, and if another process writes to `output`; OSError for files that cannot be read or
+    written.
     """
     chosen = encoder.options(**options)
     if processes is not None:
@@ -88,10 +90,10 @@ def embed_file(
     if output.is_dir() or (resumable and output.exists() and output.samefile(source)):
         raise ValueError(f"output {output} is {'a directory' if output.is_dir() else 'the input'}: name another file")
     width = encoder.width(chosen.truncate_dim)
-    begin = _begin(output, width, _settings(encoder, chosen), resumable)
-    with opened(os.fspath(source)) as stream:
+    with _alone(output), opened(os.fspath(source)) as stream:
+        begin = _begin(output, width, _settings(encoder, chosen), resumable)
         digest = _skip(stream, begin, output)
-        plain = resumable and Path(source).suffix not in PACKED
+        plain = resumable and Path(source).suffix.lower() not in PACKED
         size = os.fstat(stream.fileno()).st_size if plain else None
         with (
             _Rows(output, width, begin, resumable) as rows,
@@ -103,7 +105,7 @@ def embed_file(
                 rows.append(vectors.float().cpu().numpy(), len(read), digest.hexdigest(), cut)
                 bar.update(len(vectors) if size is None else len(read))
                 bar.set_postfix(texts=rows.progress.lines, refresh=False)
-    rows.finish()
+        rows.finish()
     done = rows.progress
     return Embedded(str(output), done.lines, width, done.truncated, encoder.max_seq_length, begin.lines)
 
@@ -126,6 +128,24 @@ def _embedded(
     with encoder.start_multi_process_pool([encoder.device] * processes) as pool:
         for vectors, cut in pool.embed(parts(), options):
             yield vectors, cut, waiting.popleft()
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Be the only process that writes to an output. Raises ValueError where another one does."""
+    target = _target(output)
+    path = target.with_name(f".{target.name}.lock")
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"{output} is being written by another process: wait for it, or name another output") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
 
 
 def _begin(output: Path, width: int, settings: dict[str, Any], resumable: bool) -> Progress:
@@ -183,14 +203,19 @@ def _settings(encoder: SentenceEncoder, options: Options) -> dict[str, Any]:
 
 def partial(output: str | os.PathLike[str]) -> Path:
     """Where the rows are until all is done."""
-    output = Path(output)
+    output = _target(output)
     return output.with_name(f"{output.name}.partial")
 
 
 def state(output: str | os.PathLike[str]) -> Path:
     """Where it is said how far they go."""
-    output = Path(output)
+    output = _target(output)
     return output.with_name(f"{output.name}.progress")
+
+
+def _target(output: str | os.PathLike[str]) -> Path:
+    """The file itself: a symbolic link stays one, and what it points to is replaced, on its own file system."""
+    return Path(os.path.realpath(output) if os.path.islink(output) else output)
 
 
 def _skip(stream: BinaryIO, progress: Progress, output: Path) -> Any:
@@ -216,18 +241,16 @@ def _chunks(stream: BinaryIO, number: int) -> Iterator[tuple[list[str], bytes]]:
     while True:
         try:
             line = next(lines)
-            text = line.decode("utf-8-sig" if number == 0 else "utf-8")
-            if "\0" in text:
-                raise ValueError("it has a NUL byte, as UTF-16 and binary files have")
+            text = text_of(line, number + 1)
         except StopIteration:
             break
         except ValueError as error:
-            failure = ValueError(f"line {number + 1} is not UTF-8: {error}")
+            failure = error
             break
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
             failure = ValueError(f"what is packed is damaged after line {number}: {error}")
             break
-        texts.append(text.rstrip("\r\n"))
+        texts.append(text)
         read += line
         number += 1
         if len(texts) == _LINES or len(read) >= CHUNK_CHARACTERS:
@@ -263,8 +286,9 @@ class _Rows:
 
     def append(self, rows: np.ndarray, read: int, sha256: str, truncated: int) -> None:
         old = self.progress
-        self.file.seek(self._end())
-        self.file.write(np.ascontiguousarray(rows, "<f4"))
+        with self._named():
+            self.file.seek(self._end())
+            self.file.write(np.ascontiguousarray(rows, "<f4"))
         # In one assignment, which Ctrl-C cannot tear apart
         self.progress = Progress(
             old.lines + len(rows), old.offset + read, sha256, old.truncated + truncated, old.settings
@@ -274,21 +298,35 @@ class _Rows:
 
     def save(self) -> None:
         """Rows first, and when they are on disk what says that they are there."""
-        self.file.seek(0)
         shape = (self.progress.lines, self.width)
-        np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        self.file.truncate(self._end())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with self._named():
+            self.file.seek(0)
+            np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            self.file.truncate(self._end())
+            self.file.flush()
+            os.fsync(self.file.fileno())
         if self.resumable:
             disk.write(state(self.output), json.dumps(asdict(self.progress)))
         self.saved = time.monotonic()
 
-    def __exit__(self, *_: Any) -> None:
-        self.save()
-        self.file.close()
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Let errors of writing name the file."""
+        try:
+            yield
+        except OSError as error:
+            raise disk.named(error, partial(self.output)) from error
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # On a full disk neither works; why the work stopped is told already then, and what the state says is there
+        with suppress(OSError) if kind is not None else nullcontext():
+            try:
+                self.save()
+            finally:
+                self.file.close()
 
     def finish(self) -> None:
-        os.replace(partial(self.output), self.output)
-        disk.sync(self.output.parent)
+        target = _target(self.output)
+        os.replace(partial(self.output), target)
+        disk.sync(target.parent)
         state(self.output).unlink(missing_ok=True)

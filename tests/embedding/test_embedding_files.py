@@ -186,7 +186,7 @@ def test_a_damaged_state_is_told(damage, encoder, source, tmp_path):
 
 @pytest.mark.parametrize("packed", [gzip, lzma])
 def test_packed_files(packed, encoder, tmp_path):
-    source, output = tmp_path / ("texts.gz" if packed is gzip else "texts.xz"), tmp_path / "out.npy"
+    source, output = tmp_path / ("texts.GZ" if packed is gzip else "texts.xz"), tmp_path / "out.npy"
     content = packed.compress("\n".join(LINES).encode())
     source.write_bytes(content[:-20])
     with pytest.raises(ValueError, match="what is packed is damaged after line"):
@@ -206,7 +206,7 @@ def test_processes_and_an_interruption(encoder, source, tmp_path):
     source.write_bytes(source.read_bytes() + b"\n" + b"long " * 100 + b"\ncaf\xe9")
     with pytest.raises(ValueError, match=f"line {len(LINES) + 2} is not UTF-8"):
         embed_file(encoder, source, output, processes=2, batch_size=16)
-    source.write_bytes(source.read_bytes()[:-5])
+    source.write_bytes(source.read_bytes()[:-4])
     done = embed_file(encoder, source, output, processes=2)
     assert (done.resumed, done.truncated) == (len(LINES) + 1, 1)
     check(output, encoder, [*LINES, "long " * 100])
@@ -241,6 +241,18 @@ def test_other_encodings_are_refused(encoding, encoder, tmp_path):
         embed_file(encoder, tmp_path / "texts.txt", tmp_path / "out.npy")
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r\r\n"])
+def test_lines_are_the_same_whoever_counts_them(ending, encoder, tmp_path):
+    """Others take a carriage return for a line's end: from there on their lines would not be our rows."""
+    source, output = tmp_path / "texts.txt", tmp_path / "out.npy"
+    source.write_bytes(ending.join(["one", "two", "three"]).encode())
+    assert embed_file(encoder, source, output).texts == 3
+    check(output, encoder, ["one", "two", "three"])
+    source.write_bytes(ending.join(["one", "two\rthree", "four"]).encode())
+    with pytest.raises(ValueError, match="line 2 has a carriage return in it"):
+        embed_file(encoder, source, output)
+
+
 def test_a_line_that_is_no_text_loses_nothing(encoder, tmp_path):
     source, output = tmp_path / "texts.txt", tmp_path / "out.npy"
     lines = [line.encode() for line in LINES[:600]]
@@ -250,6 +262,51 @@ def test_a_line_that_is_no_text_loses_nothing(encoder, tmp_path):
     source.write_bytes(b"\n".join([*lines, "café".encode(), b"more"]))
     assert embed_file(encoder, source, output).resumed == 600
     check(output, encoder, [*LINES[:600], "café", "more"])
+
+
+def test_one_process_at_a_time(encoder, source, tmp_path):
+    """Each would cut off what the other has written."""
+    output = tmp_path / "out.npy"
+    whole, refused = encoder.embed, []
+
+    def embed(*arguments):
+        with pytest.raises(ValueError, match="is being written by another process") as raised:
+            embed_file(encoder, source, output)
+        refused.append(raised)
+        return whole(*arguments)
+
+    encoder.embed = embed
+    embed_file(encoder, source, output)
+    encoder.embed = whole
+    assert refused
+    check(output, encoder, LINES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
+
+
+def test_a_link_stays_one(encoder, source, tmp_path):
+    output, target = tmp_path / "out.npy", tmp_path / "elsewhere" / "vectors.npy"
+    target.parent.mkdir()
+    output.symlink_to(target)
+    stop_at(encoder, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        embed_file(encoder, source, output)
+    assert left(target) == ["vectors.npy.partial", "vectors.npy.progress"]
+    assert embed_file(encoder, source, output).resumed > 0
+    assert output.is_symlink()
+    check(target, encoder, LINES)
+    assert [path.name for path in target.parent.iterdir()] == ["vectors.npy"]
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 65536, 1 << 17])
+def test_a_full_disk_costs_what_was_not_written(size, encoder, source, small_disk):
+    output = small_disk(size) / "out.npy"
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out\.npy\.(partial|progress)'"):
+        embed_file(encoder, source, output)
+    assert not output.exists()
+    small_disk(1 << 20)
+    done = embed_file(encoder, source, output)
+    assert (done.resumed > 0) == (size > 40_000)
+    check(output, encoder, LINES)
 
 
 def test_wrong_places(encoder, source, tmp_path):

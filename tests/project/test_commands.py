@@ -132,6 +132,15 @@ def test_what_comes_before_a_bad_line_is_answered(capsys, models, tmp_path):
     assert len(captured.out.splitlines()) == 2
     assert "line 3 is not UTF-8" in captured.err
     assert captured.err.count("\n") == 1
+    for line, message in (
+        (b"a\rb", "line 2 has a carriage return in it"),
+        (b"a\0b", "line 2 is not UTF-8: it has a NUL"),
+    ):
+        path.write_bytes(b"ok\r\n" + line + b"\n")
+        assert cli.main(["classify", "--file", str(path), "--model", models["classify"]]) == 1
+        captured = capsys.readouterr()
+        assert len(captured.out.splitlines()) == 1
+        assert message in captured.err
 
 
 def test_long_texts_are_cut_only_if_asked(capsys, models):
