@@ -18,8 +18,10 @@ from minibert.finetuning.schemes import CHOICES
 
 if TYPE_CHECKING:  # torch takes its time: the command line must not wait for it to print its help
     from minibert.finetuning.loop import FineTuning
-    from minibert.finetuning.tasks import Task
+    from minibert.finetuning.tasks import Rows, Task
+    from minibert.text.tokenizer import BertTokenizer
 
+MAX_UNKNOWN = 0.05  # share of [UNK] above which it is said: pretraining's
 NUMBERS: dict[str, tuple[type, str]] = {
     # option: (type, help); those not given keep the defaults of FineTuneSettings
     "epochs": (int, "passes over the training data (3)"),
@@ -126,6 +128,7 @@ def prepare(
     arguments: argparse.Namespace, request: Request, settings: FineTuneSettings
 ) -> tuple[Task, tuple[Any, ...]]:
     """The task; and the model with a head for the labels found, its tokenizer, the task, and both data, encoded."""
+    from minibert.finetuning.examples import in_two_cases
     from minibert.finetuning.start import longest, open_model
     from minibert.weights import hub
 
@@ -147,14 +150,26 @@ def prepare(
     rows = [task.encode(each, start.tokenizer, start.label_ids, length) for each in examples]
     for source, encoded in zip(sources, rows, strict=True):
         cut = f", {encoded.cut:,} of them cut to {length} tokens" if encoded.cut else ""
+        if (share := unknown_share(encoded, start.tokenizer)) > MAX_UNKNOWN:
+            cut += f"; {share:.1%} of their tokens are unknown to the model's vocabulary: is it for this language?"
         terminal.notice(arguments, f"{source}: {len(encoded.examples):,} examples{cut}")
     if labels is not None or task.problem_type is not None:
         shown = "numbers" if labels is None else ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "")
         terminal.notice(arguments, f"labels: {shown}")
+        if similar := in_two_cases(labels or []):
+            said = ", ".join(f"{one!r} and {other!r}" for one, other in similar[:5])
+            terminal.notice(arguments, f"labels that differ in case alone, and count as different ones: {said}")
     for line in (task.describe(), f"head: {start.head}"):
         if line is not None:
             terminal.notice(arguments, line)
     return task, (start.model, start.tokenizer, task, *rows)
+
+
+def unknown_share(rows: Rows, tokenizer: BertTokenizer) -> float:
+    """The share of [UNK] among the tokens of texts."""
+    special = {tokenizer.cls_token_id, tokenizer.sep_token_id}
+    tokens = [token for row in rows.input_ids for token in row if token not in special]
+    return tokens.count(tokenizer.unk_token_id) / max(1, len(tokens))
 
 
 def part(examples: Sequence[Any], share: float, task: Task) -> tuple[list[Any], list[Any]]:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minibert.finetuning.files import Layout, check_unicode, delimiter_of, find_column, header_of, read_records
+from minibert.finetuning.files import (
+    Layout,
+    check_unicode,
+    delimiter_of,
+    find_column,
+    header_of,
+    is_blank,
+    is_unseen,
+    read_records,
+)
 
 MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
 _LABELLED = ("label", "labels", "score", "similarity", "is_duplicate", "gold_label")  # as files of pairs name them
@@ -132,11 +143,34 @@ def _pair_columns(path: Path, columns: Columns, layout: Layout) -> dict[str, tup
 
 
 def label_names(found: Iterable[str]) -> list[str]:
-    """Each name once, in order: as numbers if all are whole numbers, "O" first."""
+    """Each name once, in order: as numbers if all are whole numbers, "O" first.
+
+    Raises ValueError for names that are one name to whoever reads them: a whole number and what a table with missing
+    values makes of it (1 and 1.0), or the same characters but for what is not seen.
+    """
     names = set(found)
+    for one, other in _alike(names, _seen):
+        raise ValueError(f"the labels {one!r} and {other!r} are spelled in two ways: write them in one")
     if all(name.removeprefix("-").isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names, key=lambda name: (name != "O", name))
+
+
+def in_two_cases(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Names that differ in case alone: perhaps they were meant to be one."""
+    return _alike(names, str.casefold)
+
+
+def _alike(names: Iterable[str], key: Callable[[str], Hashable]) -> list[tuple[str, str]]:
+    first: dict[Hashable, str] = {}
+    return [(first[key(name)], name) for name in sorted(names) if first.setdefault(key(name), name) != name]
+
+
+def _seen(name: str) -> Hashable:
+    """What a reader takes a name for: the characters that are seen, in one of the ways to encode them."""
+    shown = "".join(char for char in unicodedata.normalize("NFC", name) if not is_unseen(char))
+    shown = " ".join(shown.split())
+    return shown.removesuffix(".0") if shown.removesuffix(".0").removeprefix("-").isdecimal() else shown
 
 
 # Columns
@@ -171,9 +205,10 @@ def _check_header(path: Path, layout: Layout, wanted: dict[str, tuple[str, bool]
     hint = ""
     for other in ",;\t|":
         if other != delimiter_of(path, layout) and layout.header:
-            found = header_of(path, Layout(other)) or []
-            if all(find_column(found, name, f"{path}:1") is not None for name in required):
-                hint = f"; split at {other!r} it does: give --delimiter"
+            with suppress(ValueError):  # split there it is no table
+                found = header_of(path, Layout(other)) or []
+                if all(find_column(found, name, f"{path}:1") is not None for name in required):
+                    hint = f"; split at {other!r} it does: give --delimiter"
     options = "" if hint else "; or say what they are called: --text-column, --label-column, --pair-column"
     raise ValueError(f"{path}:1: {what} {' and '.join(required)}; got {names}{hint or options}")
 
@@ -185,7 +220,7 @@ def _text(record: dict[str, Any], name: str, place: str) -> str:
     value = record[name]
     if not isinstance(value, str):
         raise ValueError(f"{place}: {name!r} must be a text, got {value!r:.60}")
-    if not value.strip():
+    if is_blank(value):
         raise ValueError(f"{place}: the text is empty" + ("" if name == "text" else f" ({name!r})"))
     return check_unicode(value, place, name)
 
@@ -201,6 +236,11 @@ def _label(value: Any, problem_type: str, place: str) -> str | float | tuple[str
         return _number(value, place)
     if problem_type == MULTI_LABEL:
         if isinstance(value, str):
+            if value.strip()[:1] == "[" and value.strip()[-1:] == "]":
+                raise ValueError(
+                    f"{place}: labels must be names separated by semicolons, or a list in JSON; {value!r:.60} is one "
+                    "that was written as text"
+                )
             return tuple(
                 dict.fromkeys(name for name in map(str.strip, value.split(";")) if name and _name(name, place))
             )

@@ -96,6 +96,16 @@ def check_unicode(value: str, place: str, name: str) -> str:
     return value
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is seen, and no token will stand for any of it."""
+    return all(char.isspace() or is_unseen(char) for char in text)
+
+
+def is_unseen(char: str) -> bool:
+    """Whether a character has no width and no shape, as control characters and marks of direction."""
+    return unicodedata.category(char) in ("Cc", "Cf") and not char.isspace()
+
+
 # Columns
 
 
@@ -140,23 +150,8 @@ def delimiter_of(path: Path, layout: Layout) -> str:
 
 
 def _table_records(path: Path, layout: Layout) -> Iterator[Record]:
-    delimiter = delimiter_of(path, layout)
-    # Between tabs a quote is a character: nothing has to be quoted there
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader((line for _, line in lines(path)), delimiter=delimiter, quoting=quoting, strict=True)
     names: list[str] | None = None
-    number = 1  # of the line in which the row begins
-    while True:
-        try:
-            with _fields_of_any_size():
-                row = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
-        place, number = f"{path}:{number}", reader.line_num + 1
-        if row is None:
-            return
-        if not row or (len(row) == 1 and not row[0].strip()):
-            continue
+    for place, row in _rows(path, delimiter_of(path, layout)):
         if names is None:
             names = [name.strip() for name in row] if layout.header else [str(i + 1) for i in range(len(row))]
             _check_names(names, place)
@@ -168,16 +163,30 @@ def _table_records(path: Path, layout: Layout) -> Iterator[Record]:
         yield place, dict(zip(names, row, strict=True))
 
 
+def _rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """FILE:LINE and the fields of each row that is not blank."""
+    # Between tabs a quote is a character: nothing has to be quoted there
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader((line for _, line in lines(path)), delimiter=delimiter, quoting=quoting, strict=True)
+    number = 1  # of the line in which the row begins
+    while True:
+        try:
+            with _fields_of_any_size():
+                row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+        place, number = f"{path}:{number}", reader.line_num + 1
+        if row is None:
+            return
+        if len(row) > 1 or (row and row[0].strip()):
+            yield place, row
+
+
 def header_of(path: Path, layout: Layout) -> list[str] | None:
     """The column names of a table; None for JSON, whose objects have their own. [] for an empty file."""
     if path.suffix.lower() in JSONS:
         return None
-    reader = csv.reader((line for _, line in lines(path)), delimiter=delimiter_of(path, layout))
-    try:
-        with _fields_of_any_size():
-            row = next((row for row in reader if row), [])
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+    _, row = next(_rows(path, delimiter_of(path, layout)), ("", []))
     names = [name.strip() for name in row] if layout.header else [str(i + 1) for i in range(len(row))]
     _check_names(names, f"{path}:1")
     return names

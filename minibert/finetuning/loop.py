@@ -66,9 +66,11 @@ class FineTuning:
 
     @cached_property
     def _data(self) -> dict[str, Any]:
-        """What decides on the stream of batches, and on which epoch is the best."""
+        """What decides on the stream of batches, on which epoch is the best, and on what lies beside its weights."""
         s = self.settings
         return {
+            "tokenizer": _hash([self.tokenizer.backend_tokenizer.to_str()]),
+            "labels": _hash(sorted(self.model.config.id2label.items())),
             "train": _hash([self.train.input_ids, self.train.targets]),
             "validation": _hash([self.validation.input_ids, self.validation.targets]),
             "batch_size": s.batch_size,
@@ -89,11 +91,15 @@ class FineTuning:
         for one of more steps than there shall be.
         """
         state = self.directory.load()
+        others = {
+            "tokenizer": "another tokenizer",
+            "labels": "other names of labels",
+            "train": "other examples or labels (to learn from)",
+            "validation": "other examples or labels (to validate on)",
+        }
         for name, value in self._data.items():
             if state["data"].get(name) != value:
-                was = f"{name}={state['data'].get(name)}, not {value}"
-                if name in ("train", "validation"):
-                    was = f"other examples or labels ({'to learn from' if name == 'train' else 'to validate on'})"
+                was = others.get(name, f"{name}={state['data'].get(name)}, not {value}")
                 raise ValueError(f"{self.directory.checkpoint} was trained with {was}")
         if state["step"] > self.steps:
             raise ValueError(f"{self.directory.checkpoint} is of step {state['step']}, past the last of {self.steps}")

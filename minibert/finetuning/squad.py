@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minibert.finetuning.files import JSONS, check_unicode, lines, parse_json, read_records
+from minibert.finetuning.files import JSONS, check_unicode, is_blank, lines, parse_json, read_records
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _question(record: Any, context: str, place: str) -> Question:
     if "id" in record:
         place = f"{place} (id {record['id']!s:.60})"
     for name, value in (("question", text), ("context", context)):
-        if not value.strip():
+        if is_blank(value):
             raise ValueError(f"{place}: the {name} is empty")
         check_unicode(value, place, name)
     answers = _answers(record, place)

@@ -6,7 +6,7 @@ Question answering and sentence pairs have files of their own.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -114,13 +114,20 @@ class Classification(Task):
 
     def labels(self, examples: Sequence[Text]) -> list[str] | None:
         """The names of the labels, None for numbers. ValueError where there is nothing to tell apart."""
+        file = examples[0].place.rpartition(":")[0]
         if self.problem_type == REGRESSION:
+            if len({each.label for each in examples}) == 1:
+                raise ValueError(f"{file}: the label is {examples[0].label} everywhere, nothing to learn")
             return None
         several = self.problem_type == MULTI_LABEL
-        names = label_names(name for each in examples for name in (each.label if several else [each.label]))
+        try:
+            names = label_names(name for each in examples for name in (each.label if several else [each.label]))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         if len(names) < (1 if several else 2):
-            file = examples[0].place.rpartition(":")[0]
             raise ValueError(f"{file}: {len(names)} different labels ({', '.join(names)}), nothing to tell apart")
+        if several and (joined := next((name for name in names if _is_joined(name, names)), None)) is not None:
+            raise ValueError(f"{file}: the label {joined!r} seems to be several: separate names by semicolons")
         return names
 
     def group(self, example: Text) -> Hashable:
@@ -172,11 +179,11 @@ class Tagging(Task):
         return read_sentences(path, self.word_column, self.label_column)
 
     def labels(self, examples: Sequence[Sentence]) -> list[str]:
-        names = label_names(label for sentence in examples for label in sentence.labels)
         file = examples[0].places[0].rpartition(":")[0]
-        if len(names) < 2:
-            raise ValueError(f"{file}: every word has the label {names[0]}, nothing to tell apart")
         try:
+            names = label_names(label for sentence in examples for label in sentence.labels)
+            if len(names) < 2:
+                raise ValueError(f"every word has the label {names[0]}, nothing to tell apart")
             self.scheme = self.asked or find_scheme(names)
             check_scheme(self.scheme, names)
         except ValueError as error:
@@ -256,6 +263,11 @@ def by_length(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """The numbers of rows in batches of like length."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[start : start + _ROWS_AT] for start in range(0, len(order), _ROWS_AT)]
+
+
+def _is_joined(name: str, names: Collection[str]) -> bool:
+    """Whether a label is made up of others, with something else than a semicolon between them."""
+    return any(len(parts := name.split(mark)) > 1 and all(part.strip() in names for part in parts) for mark in ",|/")
 
 
 def _known(label: str, ids: dict[str, int], place: str) -> int:

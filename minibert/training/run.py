@@ -101,10 +101,7 @@ class RunDirectory:
         """
         given, defaults = _as_json(given), _as_json(defaults)
         if not resume:
-            if self.has_checkpoint:
-                raise ValueError(
-                    f"{self.path} already holds a run: give --resume to go on with it, or another --output"
-                )
+            self._refuse_another()
             return Settled(command, {**defaults, **given})
         record = self._read()
         if not record and not self.has_checkpoint:
@@ -125,8 +122,17 @@ class RunDirectory:
         return Settled(command, {**before, **given}, True, tuple(changes))
 
     def record(self, settled: Settled) -> None:
-        """Write the settings down."""
+        """Write the settings down, within `held`.
+
+        Raises ValueError if another process has put a run here since they were settled.
+        """
+        if self.writes and not settled.resumes:
+            self._refuse_another()
         self._update({"format": _FORMAT, "command": settled.command, "settings": settled.settings})
+
+    def _refuse_another(self) -> None:
+        if self.has_checkpoint:
+            raise ValueError(f"{self.path} already holds a run: give --resume to go on with it, or another --output")
 
     def _read(self) -> dict[str, Any]:
         """What run.json holds; nothing where there is none."""

@@ -11,6 +11,7 @@ from finetune_case import MULTI, NUMBER, SINGLE, run, weather
 
 from minibert.finetuning.examples import Columns, read_pairs, read_texts
 from minibert.finetuning.files import Layout, as_delimiter
+from minibert.finetuning.tasks import Classification
 
 
 def write(path, content):
@@ -54,6 +55,9 @@ def texts(path, problem=SINGLE, **columns):
         ("a.csv", "text,ｔext,label\na,b,c\n", "differ only in spelling"),
         ("a.csv", "text,label\na,b\nc,nan\n", "a.csv:3: the label must be one name, got 'nan'"),
         ("a.csv", "text,label\na,b\nc,b\n", "a.csv: 1 different labels (b), nothing to tell apart"),
+        ("a.csv", "text,label\na,b\n\u200b\u00a0,c\n", "a.csv:3: the text is empty"),
+        ("a.csv", "text,label\na,b\n\x01\u200e,c\n", "a.csv:3: the text is empty"),
+        ("a.tsv", '"text"\t"label"\n"a"\tb\n', "columns text and label; got ['\"text\"', '\"label\"']"),
         ("a.jsonl", "", "a.jsonl: no examples"),
         ("a.json", "[]", "a.json: no examples"),
         ("a.json", " [ ]\n", "a.json: no examples"),
@@ -119,6 +123,82 @@ def test_labels_that_are_none(tmp_path, problem, content, message):
     path = write(tmp_path / "a.jsonl", content)
     with pytest.raises(ValueError, match=r"a\.jsonl:1: .*" + message.replace("[", r"\[").replace("+", r"\+")):
         read_texts(path, problem)
+
+
+def test_a_vocabulary_of_another_language_is_said(tmp_path, start, capsys):
+    path = write(tmp_path / "a.csv", "text,label\n\u0441\u043e\u043d,x\n\u0434\u0434,y\nsun sun sun,x\n")
+    assert run(start, tmp_path / "run", path, path, "classification", "--epochs", "1") == 0
+    assert "a.csv: 3 examples; 40.0% of their tokens are unknown to the model's vocabulary" in capsys.readouterr().out
+    path = write(tmp_path / "b.csv", "text,label\nsun,x\nrain,y\n")
+    assert run(start, tmp_path / "other", path, path, "classification", "--epochs", "1") == 0
+    assert "unknown" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labels", "one", "other"),
+    [
+        (["1", "0", "1.0"], "1", "1.0"),
+        (["-1.0", "0", "-1"], "-1", "-1.0"),
+        (["caf\u00e9", "b", "cafe\u0301"], "cafe\u0301", "caf\u00e9"),
+        (["good", "good\u200b", "b"], "good", "good\u200b"),
+        (["a b", "a\u00a0b", "b"], "a b", "a\u00a0b"),
+    ],
+)
+@pytest.mark.parametrize("task", ["classification", "tagging"])
+def test_one_label_in_two_spellings(tmp_path, task, labels, one, other, start, capsys):
+    """They would be two classes, which nobody can tell apart by looking at them."""
+    if task == "tagging":
+        path = write(tmp_path / "a.conll", "".join(f"a\t{label}\n" for label in labels))
+    else:
+        path = write(tmp_path / "a.csv", "text,label\n" + "".join(f"a,{label}\n" for label in labels))
+    assert run(start, tmp_path / "run", path, path, task) == 1
+    assert f"{path}: the labels {one!r} and {other!r} are spelled in two ways" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labels", [("1.1", "1.10"), ("01", "1"), ("A", "a"), ("m2", "m\u00b2"), ("v1.0.0", "v1.0")])
+def test_labels_that_are_two(tmp_path, labels):
+    rows = "".join(f"a,{label}\n" for label in labels)
+    found = read_texts(write(tmp_path / "a.csv", f"text,label\n{rows}"), SINGLE)
+    assert set(Classification().labels(found)) == set(labels)
+
+
+def test_labels_that_differ_in_case_are_said(tmp_path, start, capsys):
+    path = write(tmp_path / "a.csv", "text,label\na,Good\nb,good\nc,bad\n")
+    assert run(start, tmp_path / "run", path, path, "classification", "--epochs", "1") == 0
+    assert "labels that differ in case alone, and count as different ones: 'Good' and 'good'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", 'text,label\na,"x,y"\nb,x\nc,y\n', "a.csv: the label 'x,y' seems to be several"),
+        ("a.csv", "text,label\na,x | y\nb,x\nc,y\n", "a.csv: the label 'x | y' seems to be several"),
+        ("a.jsonl", '{"text": "a", "label": "x/y"}\n{"text": "a", "label": ["x", "y"]}\n', "the label 'x/y' seems"),
+        ("a.csv", "text,label\na,\"['x', 'y']\"\nb,x\n", "a.csv:2: .* is one that was written as text"),
+        ("a.csv", "text,label\nb,x\na,[]\n", "a.csv:3: .* is one that was written as text"),
+        ("a.jsonl", '{"text": "a", "label": "[\\"x\\"]"}\n', "a.jsonl:1: .* is one that was written as text"),
+    ],
+)
+def test_several_labels_in_one(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        Classification(MULTI).labels(read_texts(path, MULTI))
+
+
+def test_a_comma_may_be_part_of_a_name(tmp_path):
+    path = write(tmp_path / "a.csv", 'text,label\na,"Paris, France"\nb,Berlin; London/Dover\n')
+    assert Classification(MULTI).labels(read_texts(path, MULTI)) == ["Berlin", "London/Dover", "Paris, France"]
+
+
+def test_numbers_that_do_not_differ(tmp_path):
+    found = read_texts(write(tmp_path / "a.csv", "text,label\na,2\nb,2.0\n"), NUMBER)
+    with pytest.raises(ValueError, match=r"a\.csv: the label is 2\.0 everywhere, nothing to learn"):
+        Classification(NUMBER).labels(found)
+
+
+@pytest.mark.parametrize("before", ["\n", "   \n", "\r\n \r\n"])
+def test_blank_lines_before_the_names_of_the_columns(tmp_path, before):
+    assert texts(write(tmp_path / "a.csv", f"{before}text,label\na,b\n")) == [("a", None, "b")]
 
 
 def test_quotes_are_characters_between_tabs(tmp_path):

@@ -85,6 +85,28 @@ def test_files_may_move_but_not_change(start, trained, tmp_path, capsys):
         assert f"was trained with other examples or labels ({what})" in capsys.readouterr().err
 
 
+def test_labels_are_not_renamed(start, trained, tmp_path, capsys):
+    """The numbers are the same, but the best epoch's model has other names for them."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    for name in ("train.csv", "dev.csv"):
+        (tmp_path / name).write_text((trained / name).read_text().replace(",good\n", ",fine\n"))
+    given = ("--train", tmp_path / "train.csv", "--validation", tmp_path / "dev.csv", "--epochs", 4)
+    assert resume(tmp_path / "run", *given) == 1
+    assert "was trained with other names of labels" in capsys.readouterr().err
+
+
+def test_the_tokenizer_does_not_change(trained, tmp_path, capsys):
+    """Not even by words that the examples do not have: it is saved with the model."""
+    begun = case.make_start(tmp_path / "start")
+    files = (trained / "train.csv", trained / "dev.csv")
+    assert run(begun, tmp_path / "run", *files, "classification", "--epochs", "1") == 0
+    for path in (begun / "tokenizer.json", begun / "vocab.txt"):
+        path.write_text(path.read_text().replace("paris", "prague"))
+    capsys.readouterr()
+    assert resume(tmp_path / "run", "--epochs", 2) == 1
+    assert "was trained with another tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -167,6 +167,19 @@ def test_one_process_at_a_time(directory):
     assert ended.stdout == "in\n"
 
 
+def test_a_run_that_another_process_finished_meanwhile_stays(directory):
+    """Between settling and writing lies all the reading and tokenizing."""
+    slow = directory.settle("finetune", {"epochs": 3}, {}, resume=False)
+    other = RunDirectory(directory.path)
+    with other.held():
+        other.record(other.settle("finetune", {"epochs": 2}, {}, resume=False))
+        other.save({"step": 5})
+    with directory.held(), pytest.raises(ValueError, match="already holds a run"):
+        directory.record(slow)
+    assert directory.settle("finetune", {}, {}, resume=True).settings == {"epochs": 2}
+    assert directory.load()["step"] == 5
+
+
 def test_leftovers_go_when_the_directory_is_taken(directory):
     directory.path.mkdir()
     left = directory.path / ".0123456789abcdef.partial"
