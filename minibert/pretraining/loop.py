@@ -27,7 +27,7 @@ from minibert.pretraining.loss import pair_lengths, pretraining_loss
 from minibert.pretraining.order import Plan, Position, plan_batches
 from minibert.pretraining.pairs import PairRules
 from minibert.training import onednn
-from minibert.training.distributed import World, distribute, load_state, set_sync, state_of
+from minibert.training.distributed import World, distribute, load_state, set_sync, shard_again, state_of
 from minibert.training.optimizer import learning_rate, make_optimizer
 from minibert.training.run import RunDirectory, Stop, seed_of
 
@@ -305,6 +305,7 @@ class Run:
             if s.validation_rows is not None and rows >= s.validation_rows:
                 break
         self.loss.train(was_training)
+        shard_again(self.loss)
         result = _means(self.world.sum(totals.to(self.world.device)).tolist())
         self.directory.check_finite("the validation loss", result["loss"], self.step)
         return result | {"perplexity": math.exp(min(result["mlm_loss"], 700.0))}

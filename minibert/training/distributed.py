@@ -102,6 +102,15 @@ def set_sync(module: nn.Module, sync: bool) -> None:
         module.require_backward_grad_sync = sync
 
 
+def shard_again(module: nn.Module) -> None:
+    """Give up the whole parameters that FSDP keeps after a forward pass that no backward pass has followed.
+
+    Until then the module has others than those that the optimizer knows.
+    """
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A copy of the tensor on the CPU, put together from all processes if it is sharded."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to("cpu", copy=True)
@@ -119,7 +128,14 @@ def _like(target: Tensor, value: Tensor) -> Tensor:
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Each parameter with its optimizer state, by the parameter's name; whole tensors, the same for any `World`."""
+    """Each parameter with its optimizer state, by the parameter's name; whole tensors, the same for any `World`.
+
+    Raises RuntimeError for a parameter that the optimizer does not know, whose state would be lost.
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            raise RuntimeError(f"{name} is not among the optimizer's parameters: its state cannot be saved")
     return {
         name: {"value": whole(parameter), **{key: whole(value) for key, value in optimizer.state[parameter].items()}}
         for name, parameter in model.named_parameters()

@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training_job import RULES, make_corpus, make_model
 
@@ -155,6 +156,32 @@ def test_gradients_are_added_up_once_a_step(corpus, tmp_path):
     finally:
         dist.destroy_process_group()
     assert len(buckets) == 2 * len(set(buckets))
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_a_validation_leaves_sharded_parameters_to_the_optimizer(corpus, tmp_path):
+    """FSDP keeps the root's whole parameters after a forward pass alone: what was saved then lacked their state."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
+    try:
+        run = make_run(corpus, tmp_path, validation_rows=8)
+        fully_shard(run.loss, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        run.optimizer = make_optimizer(run.model, 1e-3, 0.01, (0.9, 0.999), 1e-6)
+        run.train_step(parts(corpus))
+        before = state_of(run.model, run.optimizer)
+        run.validate()
+        after = state_of(run.model, run.optimizer)
+        assert all(values.keys() == {"value", "step", "exp_avg", "exp_avg_sq"} for values in after.values())
+        assert all(torch.equal(after[name][key], value) for name in before for key, value in before[name].items())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_parameter_that_the_optimizer_does_not_know_is_not_lost_in_silence(corpus):
+    model = make_model(corpus)
+    optimizer = make_optimizer(model, 1e-3, 0.01, (0.9, 0.999), 1e-6)
+    model.cls.seq_relationship.bias = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(RuntimeError, match=r"cls\.seq_relationship\.bias is not among the optimizer's parameters"):
+        state_of(model, optimizer)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
