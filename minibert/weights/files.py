@@ -23,7 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     counts: a crash, a full disk or a power cut leave the old file or the new one. If the block fails, the old file is
     as it was. A symbolic link stays one, and what it points to is replaced. A pipe or a device is written to directly.
 
-    Raises OSError, which names `path`, where the directory cannot be written, the disk is full, or `path` is a directory.
+    Raises OSError, which names `path`, where it or its directory cannot be written, or the disk is full.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
