@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from minibert.compat.models import HubModel
 from minibert.config import BertConfig
@@ -32,6 +33,8 @@ class BertPreTrainedModel(HubModel, Pretrained):
             if isinstance(child, BertPreTrainedModel):
                 continue  # it has done so itself
             for module in child.modules():
+                if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+                    continue  # it does so itself when its size is known
                 if not module.__dict__.get("is_initialised", False):
                     self._init_weights(module)
                     module.is_initialised = True  # type: ignore[assignment]

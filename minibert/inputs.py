@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,6 +22,18 @@ def is_recorded(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _is_dense(value: object) -> TypeGuard[Tensor]:
+    """Whether this is a tensor with a number in each place: no list, no array, nothing sparse or nested."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+
+
+def _kind(value: object) -> str:
+    """What came in the place of a dense tensor of another type, for errors."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return str(value.dtype) if _is_dense(value) else f"a nested or sparse one ({value.layout})"
 
 
 def _bounds(tensor: Tensor) -> tuple[float, float] | None:
@@ -70,8 +83,8 @@ def input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, ndim: in
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     name, tensor = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
     expected = ndim if inputs_embeds is None else ndim + 1
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not _is_dense(tensor):
+        raise ValueError(f"{name} must be a tensor, got {_kind(tensor)}")
     if tensor.ndim != expected or 0 in tensor.shape:
         raise ValueError(f"{name} must have {expected} dimensions, none of them 0; got shape {tuple(tensor.shape)}")
     return tensor.shape[:ndim]
@@ -116,9 +129,8 @@ def check_ids(
     """Raise ValueError unless `ids` is None or whole numbers of one of `shapes`, from 0 to limit - 1 or `ignored`."""
     if ids is None:
         return
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"{name} must be a tensor of whole numbers (torch.long), got {kind}")
+    if not _is_dense(ids) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be a tensor of whole numbers (torch.long), got {_kind(ids)}")
     if tuple(ids.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(ids.shape)}")
     if is_recorded(ids):
@@ -132,15 +144,15 @@ def check_ids(
 
 
 def _check_mask(mask: Tensor, B: int, H: int, T: int) -> None:
-    if not isinstance(mask, Tensor) or mask.is_complex():
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must be a tensor of 0 and 1, got {kind}")
+    if not _is_dense(mask) or mask.is_complex():
+        raise ValueError(f"attention_mask must be a tensor of 0 and 1, got {_kind(mask)}")
     sizes = {2: [(B,), (T,)], 3: [(B, 1), (T, 1), (T,)], 4: [(B, 1), (H, 1), (T, 1), (T,)]}.get(mask.ndim)
     if sizes is None or any(size not in allowed for size, allowed in zip(mask.shape, sizes, strict=True)):
         raise ValueError(
             f"attention_mask must have shape {(B, T)}, {(B, T, T)} or {(B, H, T, T)}, got {tuple(mask.shape)}"
         )
-    bounds = None if mask.dtype == torch.bool else _bounds(mask)
+    # torch cannot compare the widest unsigned types
+    bounds = None if mask.dtype == torch.bool else _bounds(mask if mask.is_floating_point() else mask.long())
     if bounds is not None:
         _check_mask_values(mask, *bounds)
 
@@ -188,8 +200,8 @@ def _warn_of_padding(config: BertConfig, input_ids: Tensor) -> None:
 def check_targets(name: str, targets: Tensor, B: int, num_labels: int) -> None:
     """Raise ValueError unless `targets` are floating-point numbers (B, num_labels), or (B,) for one label."""
     shapes = [(B, num_labels)] + [(B,)] * (num_labels == 1)
-    if not isinstance(targets, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(targets).__name__}")
+    if not _is_dense(targets):
+        raise ValueError(f"{name} must be a tensor, got {_kind(targets)}")
     if not targets.is_floating_point() or tuple(targets.shape) not in shapes:
         raise ValueError(
             f"{name} must be floating point of shape {' or '.join(map(str, shapes))}, "

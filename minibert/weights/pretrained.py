@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.overrides import TorchFunctionMode
 
 from minibert.weights import checkpoint, hub
@@ -189,7 +190,7 @@ class Pretrained(KeepsTies):
             model = cls(config, **options)
         report = checkpoint.compare(
             stored,
-            {key: tuple(value.shape) for key, value in model.state_dict().items()},
+            {key: _shape(value, stored.get(key)) for key, value in model.state_dict().items()},
             tied=aliases(model),
             new_heads=cls.new_heads,
             prefix=f"{cls.base_model_prefix}." if hasattr(model, cls.base_model_prefix) else "",
@@ -312,6 +313,13 @@ def _in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
 def _is_ours(cls: type) -> bool:
     """Whether the constructor is one of this package's, of which all that it makes is known."""
     return cls.__init__.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _shape(tensor: Tensor, stored: Stored | None) -> tuple[int, ...]:
+    """Of a tensor of a model, which for one that is still without a size (nn.LazyLinear) is that of what is stored."""
+    if isinstance(tensor, UninitializedTensorMixin):
+        return () if stored is None else stored.shape
+    return tuple(tensor.shape)
 
 
 def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device, only: torch.dtype | None = None) -> Tensor:

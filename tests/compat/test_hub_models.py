@@ -230,6 +230,26 @@ def test_what_a_users_model_saved_comes_back(tmp_path):
     assert torch.equal(again.out.weight, before)  # what is loaded is never initialised again
 
 
+class Lazy(BertPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.head = nn.LazyLinear(3)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.head(self.bert(input_ids).pooler_output)
+
+
+def test_a_layer_whose_size_is_not_known_yet(tmp_path):
+    BertModel(BertConfig(**TINY)).save_pretrained(tmp_path / "encoder")
+    model, ids = Lazy.from_pretrained(tmp_path / "encoder"), torch.tensor([[1, 2, 3]])
+    answer = model(ids)
+    assert answer.isfinite().all()
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(Lazy.from_pretrained(tmp_path / "whole")(ids), answer)
+
+
 def test_a_users_model_needs_the_encoders_weights(tmp_path):
     class Renamed(BertPreTrainedModel):
         def __init__(self, config):

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from reference import HEADS, batch_for, twins
+from reference import HEADS, batch_for, masks, twins
 
 import minibert
 from minibert import inputs as inputs_module
@@ -207,3 +207,27 @@ def test_a_mask_of_scores_may_hold_any_finite_number(model):
     scores = torch.tensor([[0.0, 1.0, 2.5], [0.5, 0.0, -3.0], [-torch.inf, -1e4, 0.0]]).expand(2, 3, 3)
     assert model(IDS, attention_mask=scores).prediction_logits.isfinite().all()
     assert torch.equal(model(IDS, attention_mask=torch.zeros(2, 1, 1, 3))[0], model(IDS)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, *INTEGERS, torch.uint64, torch.float16, torch.bfloat16, torch.float64])
+def test_masks_of_any_type(model, dtype):
+    ids, mask = torch.randint(1, 101, (4, 17)), masks(4, 17)["holes"]
+    expected = model(ids, mask).prediction_logits
+    assert torch.equal(model(ids, mask.to(dtype)).prediction_logits, expected)
+    if not dtype.is_floating_point:
+        assert torch.equal(model(ids, mask.to(dtype)[:, None].expand(4, 17, 17)).prediction_logits, expected)
+    if dtype not in (torch.bool, torch.float16):
+        with pytest.raises(ValueError, match="attention_mask must hold 1"):
+            model(ids, (mask + 1).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"])
+@pytest.mark.parametrize("kind", ["sparse", "jagged"])
+def test_tensors_that_are_not_dense_are_refused_by_name(model, name, kind):
+    inputs = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
+    if name == "inputs_embeds":
+        inputs = {name: torch.ones(2, 3, 36)}
+    dense = inputs.get(name, torch.ones(2, 3, dtype=torch.long))
+    inputs[name] = dense.to_sparse() if kind == "sparse" else torch.nested.nested_tensor([*dense], layout=torch.jagged)
+    with pytest.raises(ValueError, match=rf"{name} must be a tensor.* a nested or sparse one \(torch"):
+        model(**inputs)
