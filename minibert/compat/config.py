@@ -191,6 +191,14 @@ class HubConfig:
         return (config, unused) if return_unused_kwargs else config
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields that a checkpoint's `config.json` stands for, and those of `options` that are no field."""
+        config, unused = cls.from_pretrained(pretrained_model_name_or_path, return_unused_kwargs=True, **options)
+        return config.to_dict(), unused
+
+    @classmethod
     def from_json_file(cls: type[T], json_file: str | os.PathLike[str]) -> T:
         """Read a config of a file of any name. Raises as `from_pretrained` does."""
         return cls._of_file(Path(json_file), {})
@@ -257,6 +265,27 @@ class HubConfig:
         changed = copy.copy(self)
         changed._set_others(config_dict)
         self.__dict__.update(changed.__dict__)
+
+    def update_from_string(self, update_str: str) -> None:
+        """Set several fields from "num_hidden_layers=4,hidden_act=relu", each read as its present value's type.
+
+        All of them or, if one is refused, none. Raises ValueError for a field that is not there or cannot be read so.
+        """
+        changes: dict[str, Any] = {}
+        for part in update_str.split(","):
+            name, equals, text = (piece.strip() for piece in part.partition("="))
+            if not equals or not hasattr(self, name):
+                raise ValueError(f"{part!r}: must be FIELD=VALUE, with a field that the config has")
+            kind = type(getattr(self, name))
+            if kind is not str:
+                try:
+                    value = json.loads(text.lower())  # a number, true or false
+                except ValueError:
+                    value = None
+                if type(value) is not kind and not (kind is float and type(value) is int):
+                    raise ValueError(f"{name}={text!r}: must be {'true or false' if kind is bool else kind.__name__}")
+            changes[name] = text if kind is str else kind(value)
+        self.update(changes)
 
     def get_text_config(self, **ignored: Any) -> HubConfig:
         """The config of the part that reads text: this one."""

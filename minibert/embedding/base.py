@@ -15,13 +15,13 @@ from minibert.checks import check_count, check_text
 from minibert.embedding import similarity
 from minibert.embedding.modules import Dense, Pooling
 from minibert.embedding.options import Options
-from minibert.embedding.texts import Text
+from minibert.embedding.texts import Text, checked
 from minibert.embedding.tokens import prompt_tokens, tokenize
 from minibert.fast import optimize
 from minibert.fast.optimized import OptimizedModel
 from minibert.model import BertModel
 from minibert.pipelines import batches
-from minibert.text.tokenizer import BertTokenizer
+from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 logger = logging.getLogger("minibert")
 
@@ -85,7 +85,8 @@ class Encoder:
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast it, with arguments as for `torch.nn.Module.to`; returns the encoder itself.
 
-        An optimized model is made anew, computing in what it was asked to compute in, or in the new type.
+        An optimized model is made anew, computing in what it was asked to compute in, or in the new type; where
+        `optimize` refuses that, as a type that this CPU is slow at, the model itself computes, with a notice.
         """
         plain, before = self.plain, (self.plain.device, self.plain.dtype)
         plan = self.model.plan.dtype if isinstance(self.model, OptimizedModel) else None
@@ -95,6 +96,28 @@ class Encoder:
             cast = before[1] != plain.dtype
             same = plan == str(before[1]).removeprefix("torch.")
             self.model = fast_or_plain(plain, None if cast or same else plan)
+        return self
+
+    def cpu(self) -> Self:
+        return self.to("cpu")
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        return self.to("cuda" if device is None else device)
+
+    def half(self) -> Self:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Self:
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Self:
+        return self.to(torch.float32)
+
+    def double(self) -> Self:
+        return self.to(torch.float64)
+
+    def eval(self) -> Self:
+        """The encoder itself, which never drops out."""
         return self
 
     # Settings
@@ -214,6 +237,16 @@ class Encoder:
 
     # Computing
 
+    def tokenize(self, texts: Sequence[Text]) -> BatchEncoding:
+        """What the model reads of texts: `input_ids`, `token_type_ids` and `attention_mask`, (n, T) tensors on the CPU.
+
+        Cut to `max_seq_length`, padded to the longest; no prompt is put before them.
+        """
+        items = [checked(text, f"texts[{number}]") for number, text in enumerate(texts)]
+        tokens = tokenize(self.tokenizer, items, "", self.max_seq_length)
+        rows = {"input_ids": tokens.ids, "token_type_ids": tokens.types}
+        return self.tokenizer.pad(rows, padding_side="right", return_tensors="pt")
+
     @torch.no_grad()
     def embed(self, texts: Sequence[Text], options: Options) -> tuple[Any, int]:
         """The vectors of texts that have been checked, (n, D), all at once; and how many texts were cut.
@@ -275,6 +308,8 @@ def fast_or_plain(model: BertModel, dtype: torch.dtype | str | None) -> BertMode
     """What `optimize` makes of a model, or the model itself, with a notice, if that is none that it knows exactly."""
     try:
         return optimize(model, dtype)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        if dtype is not None and isinstance(error, ValueError):
+            raise  # a type was asked for that cannot be had
         logger.warning("SentenceEncoder computes on the plain model: %s", error)
         return model

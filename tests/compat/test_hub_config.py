@@ -118,3 +118,25 @@ def test_auto_config_and_tokenizer(tmp_path, minilm_dir):
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
     with pytest.raises(ValueError, match="model_type='roberta' is not supported"):
         minibert.AutoModel.from_pretrained(tmp_path)
+
+
+def test_fields_from_a_string(tmp_path):
+    ours, theirs = BertConfig(), transformers.BertConfig()
+    text = "num_hidden_layers=4,hidden_act=relu,use_cache=false, hidden_dropout_prob = 0.25,layer_norm_eps=1e-7"
+    for config in (ours, theirs):
+        config.update_from_string(text.replace(" ", ""))
+    fields = ["num_hidden_layers", "hidden_act", "use_cache", "hidden_dropout_prob", "layer_norm_eps"]
+    assert [getattr(ours, name) for name in fields] == [getattr(theirs, name) for name in fields]
+    ours.update_from_string(text)
+    ours.update_from_string("hidden_dropout_prob=0")
+    assert type(ours.hidden_dropout_prob) is float
+    before = dict(ours.__dict__)
+    for wrong in ("num_hidden_layers=4,nonsense=3", "num_hidden_layers", "num_hidden_layers=4.5", "use_cache=perhaps",
+                  "num_hidden_layers=4,hidden_act=unheard_of", "vocab_size=-1"):  # fmt: skip
+        with pytest.raises(ValueError, match=wrong.split(",")[-1].partition("=")[0]):
+            ours.update_from_string(wrong)
+    assert ours.__dict__ == before
+    ours.save_pretrained(tmp_path)
+    fields, unused = BertConfig.get_config_dict(tmp_path, num_hidden_layers=3, other=1)
+    assert fields == {**ours.to_dict(), "num_hidden_layers": 3}
+    assert unused == {"other": 1}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentence_transformers
 import torch
+from reference import assert_as_exact
 from sentence_transformers.util import quantize_embeddings
 from sentence_transformers.util import semantic_search as reference_search
 
@@ -210,6 +211,30 @@ def test_to(tiny_dir):
         assert np.abs(encoder.encode(TEXTS) - expected).max() < 1e-5
         assert np.array_equal(encoder.to(device="cpu", dtype=torch.float32).encode(TEXTS), expected)
         assert type(encoder.model).__name__ == ("OptimizedModel" if fast else "BertModel")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("cast", ["double", "bfloat16", "half", "float", "cpu", "eval"])
+def test_casts_by_name(tiny_dir, cast, fast):
+    encoder = SentenceEncoder.from_pretrained(tiny_dir, fast=fast, device="cpu")
+    peer = sentence_transformers.SentenceTransformer(str(tiny_dir), device="cpu")
+    assert getattr(encoder, cast)() is encoder
+    vectors, expected = (x.encode(TEXTS, convert_to_tensor=True) for x in (encoder, getattr(peer, cast)()))
+    assert vectors.dtype == expected.dtype
+    if cast == "double":  # nothing here is more exact, and sums of another order differ in the last places
+        torch.testing.assert_close(vectors, expected)
+    else:
+        exact = sentence_transformers.SentenceTransformer(str(tiny_dir), device="cpu").double()
+        assert_as_exact(vectors, expected, exact.encode(TEXTS, convert_to_tensor=True))
+
+
+def test_tokenize(tiny, peer):
+    for texts in (TEXTS, PAIRS, TEXTS[:1]):
+        ours, theirs = tiny.tokenize(texts), peer.preprocess(texts)
+        for name in ("input_ids", "token_type_ids", "attention_mask"):
+            assert torch.equal(ours[name], theirs[name]), name
+    with pytest.raises(TypeError, match=r"texts\[1\]"):
+        tiny.tokenize(["a", 3])
 
 
 def test_what_optimize_refuses_is_computed_plainly_with_a_notice(tiny_dir, monkeypatch, caplog):
