@@ -136,6 +136,13 @@ class Encoder:
             raise ValueError(f"max_seq_length must be a whole number from 3 to {limit}, got {length!r}")
         self._max_seq_length = length
 
+    def get_max_seq_length(self) -> int:
+        return self.max_seq_length
+
+    def set_pooling_include_prompt(self, include_prompt: bool) -> None:
+        """Whether the tokens of a prompt count in the vector, as for most models they do."""
+        self.pooling.include_prompt = include_prompt
+
     @property
     def prompts(self) -> dict[str, str]:
         """What is put before texts, by name."""
@@ -237,15 +244,19 @@ class Encoder:
 
     # Computing
 
-    def tokenize(self, texts: Sequence[Text]) -> BatchEncoding:
+    def preprocess(self, inputs: Sequence[Text], prompt: str | None = None) -> BatchEncoding:
         """What the model reads of texts: `input_ids`, `token_type_ids` and `attention_mask`, (n, T) tensors on the CPU.
 
-        Cut to `max_seq_length`, padded to the longest; no prompt is put before them.
+        Behind the prompt, cut to `max_seq_length`, padded to the longest.
         """
-        items = [checked(text, f"texts[{number}]") for number, text in enumerate(texts)]
-        tokens = tokenize(self.tokenizer, items, "", self.max_seq_length)
+        texts = [checked(text, f"inputs[{number}]") for number, text in enumerate(inputs)]
+        tokens = tokenize(self.tokenizer, texts, check_text(prompt or "", "prompt"), self.max_seq_length)
         rows = {"input_ids": tokens.ids, "token_type_ids": tokens.types}
         return self.tokenizer.pad(rows, padding_side="right", return_tensors="pt")
+
+    def tokenize(self, texts: Sequence[Text]) -> BatchEncoding:
+        """The older name of `preprocess`."""
+        return self.preprocess(texts)
 
     @torch.no_grad()
     def embed(self, texts: Sequence[Text], options: Options) -> tuple[Any, int]:

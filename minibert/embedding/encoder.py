@@ -24,6 +24,7 @@ from minibert.embedding.options import (
     Texts,
     VectorOptions,
     form,
+    from_constructor,
     further,
     in_form,
     named_texts,
@@ -75,6 +76,7 @@ class SentenceEncoder(Encoder):
         default_prompt_name: str | None = None,
         similarity_fn_name: str | None = None,
         truncate_dim: int | None = None,
+        **others: Any,
     ) -> SentenceEncoder:
         """Open a sentence-transformers model, or a bare BERT, which gets mean pooling.
 
@@ -87,12 +89,13 @@ class SentenceEncoder(Encoder):
             fast: run on what `optimize` makes of the model; where it refuses, on the model itself, with a notice.
             prompts, default_prompt_name, similarity_fn_name, truncate_dim: instead of what the files say; prompts of
                 other names stay.
+            **others: what SentenceTransformer's constructor takes besides: see `options.from_constructor`.
 
         Raises ValueError for a model with modules that minibert does not have, and for damaged files.
         """
-        source = hub.Source(
-            name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
+        where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        dtype = from_constructor(others, where, dtype)
+        source = hub.Source(name_or_path, **where)
         place = as_place("cuda" if device is None and torch.cuda.is_available() else device)
         files = open_repository(source)
         weights = dtype
@@ -115,12 +118,17 @@ class SentenceEncoder(Encoder):
             **{name: files.defaults.get(name) if value is None else value for name, value in given.items()},
         )
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], **others: Any) -> None:
         """Write a sentence-transformers repository, whole or not at all; both libraries open it.
+
+        `others` are what SentenceTransformer's takes besides (model_name, create_model_card, train_datasets,
+        safe_serialization): without effect, as no model card is written, and only safetensors.
 
         Raises TypeError for a module behind the pooling that has no such files; NotADirectoryError if `directory` is
         a file; OSError if it cannot be written, and then nothing has changed.
         """
+        if unknown := sorted(set(others) - {"model_name", "create_model_card", "train_datasets", "safe_serialization"}):
+            raise TypeError(f"save_pretrained takes no argument {', '.join(unknown)}")
         write_repository(self, directory)
 
     save = save_pretrained

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minibert.checks import check_choice
+from minibert.compat import loading
 from minibert.embedding.precision import quantize
 from minibert.embedding.texts import Text
 from minibert.embedding.workers import Pool
@@ -122,3 +123,26 @@ def as_array(vectors: Tensor) -> np.ndarray:
 
 def _listed(vectors: Tensor, form: str) -> Any:
     return list(vectors) if form == "list" else vectors
+
+
+def from_constructor(given: dict[str, Any], where: dict[str, Any], dtype: Any) -> Any:
+    """The arguments of SentenceTransformer's constructor in minibert's words: completes `where`, returns the dtype.
+
+    cache_folder and use_auth_token are cache_dir and token; model_kwargs may hold a dtype and what
+    `minibert.compat.loading` takes; trust_remote_code does nothing. Raises ValueError for another backend than torch
+    and for what would change the numbers and is not here, TypeError for what nobody knows.
+    """
+    check_choice("backend", given.pop("backend", "torch"), ("torch",))
+    given.pop("trust_remote_code", None)
+    folder = given.pop("cache_folder", None)
+    where["cache_dir"] = loading.one_of(("cache_dir", "cache_folder"), where["cache_dir"], folder)
+    for_model = dict(given.pop("model_kwargs", None) or {})
+    loading.take_ignored(for_model)
+    loading.take_location(given, where)
+    loading.take_location(for_model, where)
+    loading.check_attention(for_model.pop("attn_implementation", None))
+    wanted = loading.one_of(("dtype", "torch_dtype"), for_model.pop("dtype", None), for_model.pop("torch_dtype", None))
+    unknown = [name for name, value in given.items() if value not in (None, {})]
+    if unknown := unknown + [f"model_kwargs[{name!r}]" for name in for_model]:
+        raise TypeError(f"from_pretrained takes no argument {', '.join(unknown)}")
+    return loading.one_of(("dtype", "model_kwargs['dtype']"), dtype, None if wanted == "auto" else wanted)

@@ -233,8 +233,43 @@ def test_tokenize(tiny, peer):
         ours, theirs = tiny.tokenize(texts), peer.preprocess(texts)
         for name in ("input_ids", "token_type_ids", "attention_mask"):
             assert torch.equal(ours[name], theirs[name]), name
-    with pytest.raises(TypeError, match=r"texts\[1\]"):
+    assert torch.equal(tiny.preprocess(TEXTS, "query: ")["input_ids"], peer.preprocess(TEXTS, "query: ")["input_ids"])
+    with pytest.raises(TypeError, match=r"inputs\[1\]"):
         tiny.tokenize(["a", 3])
+
+
+def test_prompts_that_do_not_count(tiny, tiny_dir):
+    peer = sentence_transformers.SentenceTransformer(str(tiny_dir), device="cpu")
+    counted = tiny.encode(TEXTS, prompt="query: ")
+    for encoder in (tiny, peer):
+        encoder.set_pooling_include_prompt(False)
+    assert close(tiny.encode(TEXTS, prompt="query: "), peer.encode(TEXTS, prompt="query: "))
+    assert not close(tiny.encode(TEXTS, prompt="query: "), counted)
+
+
+def test_arguments_of_sentence_transformers_constructor(tiny_dir, tmp_path):
+    expected = SentenceEncoder.from_pretrained(tiny_dir, device="cpu", dtype=torch.float64)
+    encoder = SentenceEncoder.from_pretrained(
+        tiny_dir, device="cpu", cache_folder=tmp_path, trust_remote_code=True, use_auth_token=False, backend="torch",
+        model_kwargs={"torch_dtype": "float64", "attn_implementation": "eager", "use_safetensors": True},
+        processor_kwargs=None, config_kwargs={},
+    )  # fmt: skip
+    assert encoder.dtype == torch.float64
+    assert np.array_equal(encoder.encode(TEXTS), expected.encode(TEXTS))
+    encoder.save_pretrained(tmp_path / "saved", model_name="a", create_model_card=False, safe_serialization=True)
+    assert encoder.get_max_seq_length() == SentenceEncoder.from_pretrained(tmp_path / "saved").max_seq_length
+    for name, value, error in (
+        ("backend", "onnx", ValueError),
+        ("modules", [], TypeError),
+        ("processor_kwargs", {"model_max_length": 8}, TypeError),
+        ("model_kwargs", {"load_in_8bit": True}, ValueError),
+        ("model_kwargs", {"nonsense": 1}, TypeError),
+        ("model_kwargs", {"attn_implementation": "flash"}, ValueError),
+    ):
+        with pytest.raises(error, match=next(iter(value)) if name == "model_kwargs" else name):
+            SentenceEncoder.from_pretrained(tiny_dir, **{name: value})
+    with pytest.raises(TypeError, match="nonsense"):
+        encoder.save_pretrained(tmp_path / "saved", nonsense=1)
 
 
 def test_what_optimize_refuses_is_computed_plainly_with_a_notice(tiny_dir, monkeypatch, caplog):
