@@ -19,8 +19,10 @@ from minibert.embedding.options import (
     OUTPUTS,
     AllOptions,
     AnyOptions,
+    ConstructorOptions,
     Device,
     Options,
+    SaveOptions,
     Texts,
     VectorOptions,
     form,
@@ -76,7 +78,7 @@ class SentenceEncoder(Encoder):
         default_prompt_name: str | None = None,
         similarity_fn_name: str | None = None,
         truncate_dim: int | None = None,
-        **others: Any,
+        **others: Unpack[ConstructorOptions],
     ) -> SentenceEncoder:
         """Open a sentence-transformers model, or a bare BERT, which gets mean pooling.
 
@@ -118,7 +120,7 @@ class SentenceEncoder(Encoder):
             **{name: files.defaults.get(name) if value is None else value for name, value in given.items()},
         )
 
-    def save_pretrained(self, directory: str | os.PathLike[str], **others: Any) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], **others: Unpack[SaveOptions]) -> None:
         """Write a sentence-transformers repository, whole or not at all; both libraries open it.
 
         `others` are what SentenceTransformer's takes besides (model_name, create_model_card, train_datasets,
@@ -127,7 +129,7 @@ class SentenceEncoder(Encoder):
         Raises TypeError for a module behind the pooling that has no such files; NotADirectoryError if `directory` is
         a file; OSError if it cannot be written, and then nothing has changed.
         """
-        if unknown := sorted(set(others) - {"model_name", "create_model_card", "train_datasets", "safe_serialization"}):
+        if unknown := sorted(set(others) - SaveOptions.__annotations__.keys()):
             raise TypeError(f"save_pretrained takes no argument {', '.join(unknown)}")
         write_repository(self, directory)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
@@ -54,6 +55,28 @@ class AllOptions(AnyOptions, total=False):
 
     batch_size: int | None
     show_progress_bar: bool | None
+
+
+class ConstructorOptions(TypedDict, total=False):
+    """Arguments of sentence-transformers' constructor that `SentenceEncoder.from_pretrained` takes besides its own."""
+
+    cache_folder: str | os.PathLike[str] | None
+    use_auth_token: str | bool | None
+    trust_remote_code: bool
+    model_kwargs: dict[str, Any] | None
+    processor_kwargs: dict[str, Any] | None
+    tokenizer_kwargs: dict[str, Any] | None
+    config_kwargs: dict[str, Any] | None
+    backend: Literal["torch"]
+
+
+class SaveOptions(TypedDict, total=False):
+    """Arguments of its `save_pretrained` that change nothing here."""
+
+    model_name: str | None
+    create_model_card: bool
+    train_datasets: list[str] | None
+    safe_serialization: bool
 
 
 @dataclass(frozen=True)
@@ -125,13 +148,14 @@ def _listed(vectors: Tensor, form: str) -> Any:
     return list(vectors) if form == "list" else vectors
 
 
-def from_constructor(given: dict[str, Any], where: dict[str, Any], dtype: Any) -> Any:
+def from_constructor(options: ConstructorOptions, where: dict[str, Any], dtype: Any) -> Any:
     """The arguments of SentenceTransformer's constructor in minibert's words: completes `where`, returns the dtype.
 
     cache_folder and use_auth_token are cache_dir and token; model_kwargs may hold a dtype and what
     `minibert.compat.loading` takes; trust_remote_code does nothing. Raises ValueError for another backend than torch
     and for what would change the numbers and is not here, TypeError for what nobody knows.
     """
+    given: dict[str, Any] = {**options}
     check_choice("backend", given.pop("backend", "torch"), ("torch",))
     given.pop("trust_remote_code", None)
     folder = given.pop("cache_folder", None)
