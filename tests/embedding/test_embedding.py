@@ -10,6 +10,7 @@ import pytest
 import sentence_transformers
 import torch
 import transformers
+from reference import assert_as_exact
 from safetensors.torch import save_file
 
 import minibert
@@ -33,6 +34,19 @@ def largest(a, b) -> float:
     a, b = (np.asarray(x) for x in (a, b))
     assert a.shape == b.shape
     return float(np.abs(a - b).max())
+
+
+def in_float64(directory, texts, **options) -> torch.Tensor:
+    """What sentence-transformers computes in float64: how far both sides may be off is measured by it."""
+    peer = sentence_transformers.SentenceTransformer(str(directory), device="cpu").double()
+    return peer.encode(texts, convert_to_tensor=True, **options)
+
+
+def as_exact(ours, theirs, exact) -> None:
+    """Two orders of the same sums: see `assert_as_exact`. Eight times, as one vector has few numbers to be off by."""
+    ours, theirs = (torch.as_tensor(np.asarray(x)) for x in (ours, theirs))
+    assert ours.shape == theirs.shape == exact.shape
+    assert_as_exact(ours, theirs, exact, factor=8)
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +95,18 @@ def test_as_written_out_with_transformers(minilm, minilm_dir):
         inputs = tokenizer(text, return_tensors="pt")
         with torch.no_grad():
             expected.append(torch.nn.functional.normalize(model(**inputs).last_hidden_state[0].mean(0), dim=0).numpy())
-    assert largest(minilm.encode(TEXTS), expected) < 1e-6
+    exact = in_float64(minilm_dir, TEXTS)
+    as_exact(minilm.encode(TEXTS), expected, exact)
     slow = SentenceEncoder.from_pretrained(minilm_dir, fast=False)
     assert isinstance(slow.model, minibert.BertModel)
-    assert largest(slow.encode(TEXTS), expected) < 1e-6
+    as_exact(slow.encode(TEXTS), expected, exact)
 
 
 @pytest.mark.slow
 def test_equal_to_sentence_transformers_on_1000_sentences(minilm, minilm_dir, english):
     peer = sentence_transformers.SentenceTransformer(str(minilm_dir), device="cpu")
     sentences = english[::2][:1000]
-    assert largest(minilm.encode(sentences), peer.encode(sentences)) < 1e-6
+    as_exact(minilm.encode(sentences), peer.encode(sentences), in_float64(minilm_dir, sentences))
 
 
 OLD = {"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}
@@ -135,12 +150,14 @@ def test_repositories_as_sentence_transformers_reads_them(name, fast, tiny_dir, 
     directory = repository(tiny_dir, tmp_path, modules, **files)
     ours, theirs = SentenceEncoder.from_pretrained(directory, fast=fast), peers.SentenceTransformer(str(directory))
     expected = theirs.encode(TEXTS)
-    assert largest(ours.encode(TEXTS), expected) < 5e-6 * max(1, np.abs(expected).max())
+    as_exact(ours.encode(TEXTS), expected, in_float64(directory, TEXTS))
     assert ours.get_embedding_dimension() == theirs.get_embedding_dimension() == expected.shape[1]
     assert ours.max_seq_length == theirs.max_seq_length
     assert ours.similarity_fn_name == theirs.similarity_fn_name
-    assert largest(ours.encode_query(TEXTS), theirs.encode_query(TEXTS)) < 1e-4
-    assert largest(ours.encode_document(TEXTS), theirs.encode_document(TEXTS)) < 1e-4
+    exact = peers.SentenceTransformer(str(directory), device="cpu").double()
+    for task in ("encode_query", "encode_document"):
+        found, expected = (getattr(encoder, task)(TEXTS) for encoder in (ours, theirs))
+        as_exact(found, expected, getattr(exact, task)(TEXTS, convert_to_tensor=True))
 
 
 def test_the_encoder_may_lie_in_a_folder(tiny_dir, tmp_path, tiny):
@@ -149,21 +166,22 @@ def test_the_encoder_may_lie_in_a_folder(tiny_dir, tmp_path, tiny):
     directory = repository(tiny_dir, tmp_path, {"Pooling": old}, "0_BERT", sentence_bert_config={"max_seq_length": 9})
     encoder = SentenceEncoder.from_pretrained(directory)
     assert encoder.max_seq_length == 9
-    assert largest(encoder.encode("Wolves"), tiny.encode("Wolves")) < 1e-6
+    as_exact(encoder.encode("Wolves"), tiny.encode("Wolves"), in_float64(tiny_dir, "Wolves"))
 
 
 def test_a_bare_encoder_gets_mean_pooling(tiny, tiny_dir):
     ids, mask = tiny.tokenizer(TEXTS[1], return_tensors="pt")["input_ids"], None
     model = minibert.BertModel.from_pretrained(tiny_dir)
-    assert largest(tiny.encode(TEXTS[1]), model(ids, mask).last_hidden_state[0].mean(0).detach()) < 1e-5
+    mean = model(ids, mask).last_hidden_state[0].mean(0).detach()
+    as_exact(tiny.encode(TEXTS[1]), mean, in_float64(tiny_dir, TEXTS[1]))
     assert "Pooling(mean)" in repr(tiny)
 
 
 def test_from_a_model_in_memory(tiny, tiny_dir):
     model = minibert.BertModel.from_pretrained(tiny_dir)
     encoder = SentenceEncoder(minibert.optimize(model), tiny.tokenizer, "mean", prompts={"query": "find: "})
-    assert largest(encoder.encode("Wolves"), tiny.encode("Wolves")) < 1e-6
-    assert largest(encoder.encode_query("Wolves"), tiny.encode("find: Wolves")) < 1e-6
+    as_exact(encoder.encode("Wolves"), tiny.encode("Wolves"), in_float64(tiny_dir, "Wolves"))
+    as_exact(encoder.encode_query("Wolves"), tiny.encode("find: Wolves"), in_float64(tiny_dir, "find: Wolves"))
     with pytest.raises(TypeError, match="model must be a BertModel"):
         SentenceEncoder(minibert.BertForMaskedLM(model.config), tiny.tokenizer)
 
@@ -207,13 +225,13 @@ def test_one_text_is_one_vector_and_none_is_no_rows(tiny):
     assert tiny.encode(np.array(["Wolves", "Bears"])).dtype == np.float32
 
 
-def test_results_stand_in_the_order_of_the_texts(tiny):
+def test_results_stand_in_the_order_of_the_texts(tiny, tiny_dir):
     texts = [f"{'very ' * (i * 7 % 23)}long {i}" for i in range(1200)]
-    together = tiny.encode(texts)
-    for i in (0, 1, 511, 512, 1199):
-        assert largest(together[i], tiny.encode(texts[i])) < 1e-5
+    together, exact = tiny.encode(texts), in_float64(tiny_dir, texts)
+    picked = [0, 1, 511, 512, 1199]
+    as_exact([tiny.encode(texts[i]) for i in picked], together[picked], exact[picked])
     assert largest(tiny.encode(iter(texts)), together) == 0
-    assert largest(tiny.encode(texts, batch_size=3), together) < 1e-5
+    as_exact(tiny.encode(texts, batch_size=3), together, exact)
 
 
 def test_options(tiny):
@@ -253,8 +271,10 @@ def test_similarity(tiny):
     for name in ("cosine", "dot", "euclidean", "manhattan"):
         function = peers.SimilarityFunction
         encoder = SentenceEncoder(tiny.model, tiny.tokenizer, similarity_fn_name=name)
-        assert largest(encoder.similarity(a, b[:3]), function.to_similarity_fn(name)(a, b[:3])) < 1e-4
-        assert largest(encoder.similarity_pairwise(a, b), function.to_similarity_pairwise_fn(name)(a, b)) < 1e-4
+        each, pairs = function.to_similarity_fn(name), function.to_similarity_pairwise_fn(name)
+        exact = a.astype(np.float64), b.astype(np.float64)
+        as_exact(encoder.similarity(a, b[:3]), each(a, b[:3]), each(exact[0], exact[1][:3]))
+        as_exact(encoder.similarity_pairwise(a, b), pairs(a, b), pairs(*exact))
     assert tiny.similarity(a[0], torch.tensor(b)).shape == (1, 4)
     with pytest.raises(ValueError, match="embeddings2 must be one vector or several"):
         tiny.similarity(a, a[None])
@@ -282,9 +302,9 @@ def test_long_texts_are_cut_as_if_tokenized_whole(minilm):
         minilm.tokenizer.truncation_side = "right"
 
 
-def test_ten_megabytes_cost_no_more_than_their_beginning(minilm):
+def test_ten_megabytes_cost_no_more_than_their_beginning(minilm, minilm_dir):
     text = "The quick brown fox. " * 500_000
-    assert largest(minilm.encode(text), minilm.encode(text[:3000])) < 1e-6
+    as_exact(minilm.encode(text), minilm.encode(text[:3000]), in_float64(minilm_dir, text[:3000]))
 
 
 WRONG = [(None, TypeError, "got None"), (7, TypeError, "got int 7"), (b"bytes", TypeError, "got bytes"),
@@ -305,7 +325,7 @@ def test_wrong_arguments(wrong, tiny):
 
 
 @pytest.mark.parametrize("failure", [None, KeyboardInterrupt(), OSError("disk")])
-def test_what_was_computed_is_not_lost(failure, tiny):
+def test_what_was_computed_is_not_lost(failure, tiny, tiny_dir):
     def texts():
         yield from ["Wolves"] * 700
         if failure is not None:
@@ -316,7 +336,7 @@ def test_what_was_computed_is_not_lost(failure, tiny):
         tiny.encode(texts())
     rows = caught.value.embeddings
     assert rows.shape == (512 if isinstance(failure, KeyboardInterrupt) else 700, 32)
-    assert largest(rows[-1], tiny.encode("Wolves")) < 1e-5
+    as_exact(rows[-1], tiny.encode("Wolves"), in_float64(tiny_dir, "Wolves"))
     stream, count = tiny.encode_stream(texts()), 0
     with pytest.raises(BaseException):  # noqa: B017
         for part in stream:
@@ -342,9 +362,9 @@ def test_streams_read_no_more_than_a_chunk_ahead(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-def test_processes(tiny):
+def test_processes(tiny, tiny_dir):
     texts = [f"{'very ' * (i % 11)}long {i}" for i in range(1300)]
-    assert largest(tiny.encode(iter(texts), processes=2), tiny.encode(texts)) < 1e-5
+    as_exact(tiny.encode(iter(texts), processes=2), tiny.encode(texts), in_float64(tiny_dir, texts))
 
     def failing():
         yield from texts
