@@ -244,6 +244,13 @@ class Encoder:
 
     # Computing
 
+    def _keep_current(self) -> None:
+        """Optimize anew a model that was trained, cast or adapted after it was optimized."""
+        if isinstance(self.model, OptimizedModel) and not self.model.is_current():
+            plan, plain = self.model.plan.dtype, self.plain
+            less_exact = plain.dtype == torch.float32 and plan in ("int8", "bfloat16")
+            self.model = fast_or_plain(plain, plan if less_exact else None)
+
     def preprocess(self, inputs: Sequence[Text], prompt: str | None = None) -> BatchEncoding:
         """What the model reads of texts: `input_ids`, `token_type_ids` and `attention_mask`, (n, T) tensors on the CPU.
 
@@ -264,6 +271,7 @@ class Encoder:
 
         For other outputs than vectors, a list: see `encode`.
         """
+        self._keep_current()
         tokens = tokenize(self.tokenizer, texts, options.prompt, self.max_seq_length)
         prompt_length = prompt_tokens(self.tokenizer, options.prompt) if options.prompt else 0
         size = TOKENS_PER_BATCH["cpu" if self.device.type == "cpu" else "gpu"]

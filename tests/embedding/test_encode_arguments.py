@@ -213,6 +213,38 @@ def test_to(tiny_dir):
         assert type(encoder.model).__name__ == ("OptimizedModel" if fast else "BertModel")
 
 
+def trained(model):
+    """By kernels whose changes torch does not count."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(torch.tensor([[1, 2]])).last_hidden_state.square().sum().backward()
+    optimizer.step()
+
+
+def hooked(model):
+    model.encoder.layer[0].register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def adapted(model):
+    layer = model.encoder.layer[0].attention.self
+    layer.query = torch.nn.Sequential(layer.query, torch.nn.Linear(32, 32))
+
+
+@pytest.mark.parametrize("change", [trained, hooked, adapted, torch.nn.Module.double], ids=lambda x: x.__name__)
+def test_what_became_of_the_model_is_computed(tiny_dir, change):
+    torch.manual_seed(0)
+    encoder = SentenceEncoder.from_pretrained(tiny_dir, device="cpu")
+    before = encoder.encode(TEXTS)
+    change(encoder.plain)
+    exact = SentenceEncoder(copy.deepcopy(encoder.plain).double(), encoder.tokenizer)
+    plain = SentenceEncoder(copy.deepcopy(encoder.plain), encoder.tokenizer)
+    found, expected = (each.encode(TEXTS, convert_to_tensor=True) for each in (encoder, plain))
+    if change is torch.nn.Module.double:
+        torch.testing.assert_close(found, expected)
+    else:
+        assert_as_exact(found, expected, exact.encode(TEXTS, convert_to_tensor=True))
+        assert not close(found, before)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("cast", ["double", "bfloat16", "half", "float", "cpu", "eval"])
 def test_casts_by_name(tiny_dir, cast, fast):

@@ -141,6 +141,33 @@ def test_a_peft_model(classifier):
         assert pipeline("text-classification", model, tokenizer)(TEXTS)[0]["score"] == pytest.approx(scores[0])
 
 
+ADAPTERS = {
+    "dora": lambda peft: peft.LoraConfig(target_modules=["query"], use_dora=True, init_lora_weights=False),
+    "embeddings": lambda peft: peft.LoraConfig(target_modules=["word_embeddings"], init_lora_weights=False),
+    "ia3": lambda peft: peft.IA3Config(
+        target_modules=["query", "value"], feedforward_modules=[], init_ia3_weights=False
+    ),
+    "oft": lambda peft: peft.OFTConfig(target_modules=["query"], oft_block_size=8, init_weights=False),
+    "vera": lambda peft: peft.VeraConfig(target_modules=["query"], init_weights=False),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.filterwarnings("ignore:.*plain model.*")
+def test_adapters_of_every_kind(classifier, kind, tmp_path):
+    import peft
+
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(copy.deepcopy(classifier[0]), ADAPTERS[kind](peft)).eval()
+    wanted, tokenizer = expected(wrapped, classifier[1], TEXTS), classifier[1]
+    assert wanted != pytest.approx(expected(*classifier, TEXTS), abs=1e-4)
+    wrapped.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(classifier[0]), tmp_path)
+    for model in (wrapped, loaded, copy.deepcopy(wrapped).merge_and_unload()):
+        scores = [answer["score"] for answer in pipeline("text-classification", model, tokenizer)(TEXTS)]
+        assert scores == pytest.approx(wanted, abs=1e-5)
+
+
 def test_a_neighbouring_text_does_not_matter_to_a_model_of_ones_own(minilm_dir):
     class Tagger(BertForTokenClassification):
         def __init__(self, config):
