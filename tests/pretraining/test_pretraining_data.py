@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,11 +249,21 @@ def test_impossible_rules(change, message):
 
 @pytest.fixture(scope="module")
 def long_documents(tmp_path_factory) -> Corpus:
+    return documents_of(60, 30, tmp_path_factory.mktemp("long"))
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory) -> Corpus:
+    return documents_of(6, 300, tmp_path_factory.mktemp("short"))
+
+
+def documents_of(sentences: int, count: int, directory: Path) -> Corpus:
     """Sentences of 3 to 30 words, whose lengths say nothing about their places."""
-    directory, draw = tmp_path_factory.mktemp("long"), random.Random(1)
+    draw = random.Random(1)
     (directory / "vocab.txt").write_text("\n".join([*SPECIAL, *"abcdefgh"]) + "\n")
     documents = [
-        "\n".join(" ".join(draw.choices("abcdefgh", k=draw.randint(3, 30))) for _ in range(60)) for _ in range(30)
+        "\n".join(" ".join(draw.choices("abcdefgh", k=draw.randint(3, 30))) for _ in range(sentences))
+        for _ in range(count)
     ]
     (directory / "text.txt").write_text("\n\n".join(documents))
     return build_corpus(
@@ -261,16 +272,17 @@ def long_documents(tmp_path_factory) -> Corpus:
 
 
 @pytest.mark.parametrize("short", [0.0, 1.0])
-def test_lengths_do_not_tell_random_pairs_from_others(long_documents, short):
-    rules = PairRules(max_length=128, short_probability=short)
-    planned = np.concatenate(
-        [plan_pairs(long_documents, np.arange(30), rules, np.random.default_rng(i)) for i in range(20)]
-    )
+@pytest.mark.parametrize(("which", "max_length"), [("long_documents", 128), ("short_documents", 512)])
+def test_lengths_do_not_tell_random_pairs_from_others(which, max_length, short, request):
+    """Not where an example is full either, nor where its document ends before."""
+    corpus, rules = request.getfixturevalue(which), PairRules(max_length=max_length, short_probability=short)
+    documents = np.arange(len(corpus.documents) - 1)
+    planned = np.concatenate([plan_pairs(corpus, documents, rules, np.random.default_rng(i)) for i in range(20)])
     random_next, real = (planned[planned["not_next"] == label] for label in (1, 0))
     for name in ("a_length", "b_length", "cut"):
         assert random_next[name].mean() == pytest.approx(real[name].mean(), rel=0.1, abs=0.5)
     # Nor does the shape of their distribution: the best threshold on B's length is right hardly more often than a coin
-    lengths = np.arange(128)[:, None]
+    lengths = np.arange(max_length)[:, None]
     shares = [(pairs_["b_length"] <= lengths).mean(1) for pairs_ in (random_next, real)]
     assert np.abs(shares[0] - shares[1]).max() < 0.1
 
