@@ -134,6 +134,8 @@ def _embedded(
 def _alone(output: Path) -> Iterator[None]:
     """Be the only process that writes to an output. Raises ValueError where another one does."""
     target = _target(output)
+    if not target.parent.is_dir():  # the lock would make one
+        raise FileNotFoundError(f"{output}: there is no directory {target.parent}")
     path = target.with_name(f".{target.name}.lock")
     lock = filelock.FileLock(path)
     try:

@@ -97,8 +97,10 @@ class RunDirectory:
         `may_change`.
 
         Raises ValueError if a new run is asked for where there is one, or if what is given contradicts the run that
-        is there, naming each such option; FileNotFoundError if there is nothing to resume.
+        is there, naming each such option; FileNotFoundError if there is nothing to resume, NotADirectoryError where the
+        directory cannot be one.
         """
+        self._check_place()
         given, defaults = _as_json(given), _as_json(defaults)
         if not resume:
             self._refuse_another()
@@ -129,6 +131,14 @@ class RunDirectory:
         if self.writes and not settled.resumes:
             self._refuse_another()
         self._update({"format": _FORMAT, "command": settled.command, "settings": settled.settings})
+
+    def _check_place(self) -> None:
+        for path in (self.path, *self.path.parents):
+            if path.is_dir():
+                return
+            if path.exists() or path.is_symlink():
+                what = "a file" if path.exists() else "a link to nothing"
+                raise NotADirectoryError(f"{path} is {what}: name a directory for the run")
 
     def _refuse_another(self) -> None:
         if self.has_checkpoint:
@@ -239,8 +249,7 @@ class RunDirectory:
         if not self.writes:
             yield self
             return
-        if self.path.exists() and not self.path.is_dir():
-            raise NotADirectoryError(f"{self.path} is a file: name a directory for the run")
+        self._check_place()
         self.path.mkdir(parents=True, exist_ok=True)
         first = not self._lock.is_locked
         try:

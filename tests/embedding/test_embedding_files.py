@@ -316,6 +316,9 @@ def test_wrong_places(encoder, source, tmp_path):
         embed_file(encoder, source, tmp_path)
     with pytest.raises(FileNotFoundError, match="nobody"):
         embed_file(encoder, tmp_path / "nobody.txt", tmp_path / "out.npy")
+    for nowhere in ("none", "texts.txt"):
+        with pytest.raises(FileNotFoundError, match=f"there is no directory .*{nowhere}"):
+            embed_file(encoder, source, tmp_path / nowhere / "out.npy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.txt"]
 
 

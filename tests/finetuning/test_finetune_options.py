@@ -99,7 +99,9 @@ def test_options_are_checked_without_torch(tmp_path, capsys, monkeypatch):
 def test_an_output_that_is_a_file(start, trained, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
     assert run(start, tmp_path / "run", trained / "train.csv", trained / "dev.csv") == 1
-    assert "run is a file: name a directory" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "run is a file: name a directory" in captured.err
+    assert not captured.out  # nothing has been read
     assert (tmp_path / "run").read_text() == "mine"
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_job import labels_of
 
-from minibert.pretraining import order, pairs
+from minibert.pretraining import batches, order, pairs
 from minibert.pretraining.batches import Batch, BatchMaker
 from minibert.pretraining.corpus import Corpus, build_corpus
 from minibert.pretraining.order import Plan, Position, plan_batches
@@ -197,6 +197,20 @@ def test_masks_and_pairs_are_new_every_epoch(corpus):
     assert first.pairs.tobytes() != second.pairs.tobytes()
     maker = BatchMaker(corpus, rules)
     assert not torch.equal(maker[first].masked_positions, maker[replace(first, epoch=1)].masked_positions)
+
+
+def test_nothing_random_is_drawn_twice(corpus, monkeypatch):
+    """Every block of every epoch, and every pair in it, has random numbers of its own."""
+    monkeypatch.setattr(order, "DOCUMENTS_A_BLOCK", 10)
+    drawn = []
+    for module in (order, batches):
+        monkeypatch.setattr(module, "random_of", lambda *words: (drawn.append(words), pairs.random_of(*words))[1])
+    maker, repeated = BatchMaker(corpus, PairRules(max_length=64)), 0
+    for plan in plan_batches(corpus, maker.rules, 8, epochs=2):
+        maker[plan]
+        repeated += int(plan.pairs["repeated"].sum())  # these are the same pairs again
+    assert len(drawn) > 200
+    assert len(drawn) - len({(*words, 0, 0, 0)[:4] for words in drawn}) == repeated
 
 
 @pytest.mark.parametrize("packed", [False, True])

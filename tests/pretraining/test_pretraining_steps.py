@@ -19,6 +19,7 @@ from minibert.pretraining.loop import Run, Settings
 from minibert.pretraining.order import plan_batches
 from minibert.training.distributed import World, load_state, state_of
 from minibert.training.optimizer import make_optimizer
+from minibert.training.run import read_metrics
 
 FAST = {"rows": 8, "warmup_steps": 2, "learning_rate": 1e-2, "log_every": 1}
 
@@ -110,6 +111,17 @@ def test_the_gradient_is_clipped(corpus, tmp_path):
     run.train_step(parts(corpus))
     assert run.grad_norm > 0.1  # what it was
     assert norms[0] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_learning_rate_of_each_step(corpus, tmp_path):
+    """The one used is the one written down: the first step's is not 0, and the last one's neither."""
+    run, used = make_run(corpus, tmp_path, steps=6, warmup_steps=2, learning_rate=4e-3), []
+    step = run.optimizer.step
+    run.optimizer.step = lambda: used.append([group["lr"] for group in run.optimizer.param_groups]) or step()
+    run.fit()
+    assert [rates[0] for rates in used] == pytest.approx([2e-3, 4e-3, 4e-3, 3e-3, 2e-3, 1e-3])
+    assert all(first == second for first, second in used)
+    assert [line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl") if "lr" in line] == [r[0] for r in used]
 
 
 @pytest.mark.parametrize(("epsilon", "moves"), [(1e-6, True), (1e6, False)])

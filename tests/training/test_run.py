@@ -192,9 +192,15 @@ def test_leftovers_go_when_the_directory_is_taken(directory):
 
 
 def test_a_file_is_no_directory(tmp_path):
+    """Which is said before anything is read, and again before anything is written."""
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="is a file"), RunDirectory(tmp_path / "file").held():
-        pass
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    for name, message in (("file", "is a file"), ("file/run", "file is a file"), ("link", "is a link to nothing")):
+        for resume in (False, True):
+            with pytest.raises(NotADirectoryError, match=message):
+                RunDirectory(tmp_path / name).settle("pretrain", {}, {}, resume=resume)
+        with pytest.raises(NotADirectoryError, match=message), RunDirectory(tmp_path / name).held():
+            pass
 
 
 def test_who_does_not_write_writes_nothing(tmp_path):
