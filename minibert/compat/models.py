@@ -28,6 +28,8 @@ class HubModel(nn.Module):
     main_input_name: ClassVar[str] = "input_ids"
     is_parallelizable: ClassVar[bool] = False
     supports_gradient_checkpointing: ClassVar[bool] = True
+    # Trainer asks: no loss here is divided by `num_items_in_batch`. Without an answer it passes that to a `**kwargs`
+    accepts_loss_kwargs: ClassVar[bool] = False
     _no_split_modules: ClassVar[list[str]] = ["BertEmbeddings", "BertLayer"]
     _supports_sdpa: ClassVar[bool] = True
     _keys_to_ignore_on_save: ClassVar[list[str] | None] = None

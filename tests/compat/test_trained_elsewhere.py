@@ -106,6 +106,29 @@ def test_a_trainer_run_with_gradient_checkpointing(tmp_path):
     assert equal_weights(reference, ours)
 
 
+class TakesAnything(minibert.BertForSequenceClassification):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **options):
+        return super().forward(input_ids, attention_mask, labels=labels, **options)
+
+
+@pytest.mark.parametrize("kind", [minibert.BertForSequenceClassification, TakesAnything])
+def test_accumulated_gradients_are_a_mean(tmp_path, kind):
+    """As a batch of all of them gives it. Of transformers' BERT, Trainer takes the sum: see docs/differences.md."""
+    results = []
+    for steps in (1, 2):
+        model = pair()[1].eval()
+        model.__class__ = kind
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        run = trainer(model, tmp_path / str(steps), gradient_accumulation_steps=steps, lr_scheduler_type="constant",
+                      train_sampling_strategy="sequential", optim="sgd")  # fmt: skip
+        run.args.per_device_train_batch_size, run._train_batch_size = 8 // steps, 8 // steps
+        run.train()
+        results.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_checkpointing_of_some_layers_is_refused():
     _, ours = pair()
     for options in ({"every_n_layers": 2}, {"offload": True}):
