@@ -27,7 +27,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from minibert.fast.encoder import CpuEngine
-from minibert.fast.graph import Shape, weights
+from minibert.fast.graph import Places, Shape, weights
 from minibert.fast.padding import Batch, pack_rows
 from minibert.weights.files import replacing, write
 
@@ -65,7 +65,7 @@ def directory() -> Path:
 
 def expected_seconds(shape: Shape) -> int:
     """About what compiling takes on two cores; to be said before it is begun."""
-    return 15 + 2 * shape.layers
+    return 40 + 2 * shape.layers
 
 
 def key(shape: Shape) -> str:
@@ -189,16 +189,11 @@ class CompiledPass:
         return last_ND if batch.picked is None else last_ND.index_select(0, batch.picked.index)
 
     def _run(self, ids_3N: Tensor, lengths: list[int], picked: Tensor | None) -> Tensor:
-        N, T = ids_3N.shape[1], max(2, *lengths)
         if picked is not None and len(picked) == 0:  # which a graph for one token or more cannot give
             return self._run(ids_3N, lengths, torch.zeros(1, dtype=torch.long))[:0]
-        sizes, columns = torch.tensor(lengths), torch.arange(T)
-        if N == T * len(lengths):
-            place = torch.arange(N)
-        else:
-            place = (columns < sizes[:, None]).flatten().nonzero().squeeze(1)
-        picked = torch.arange(N) if picked is None else picked
-        return self.loader.boxed_run([ids_3N, place, sizes, columns, picked])[0]
+        places = Places.of(lengths)
+        picked = torch.arange(ids_3N.shape[1]) if picked is None else picked
+        return self.loader.boxed_run([ids_3N, places.source, places.mask, places.row, places.column, picked])[0]
 
 
 def split(lengths: list[int]) -> list[list[int]]:

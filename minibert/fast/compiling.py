@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
+from torch._inductor.fx_passes import mkldnn_fusion
 from torch.export import Dim, export
 
-from minibert.fast.graph import Pass, Shape
+from minibert.fast.graph import Pass, Places, Shape
 
 # Weights stay outside; threads are those of whoever calls, not of who compiled
 OPTIONS = {
@@ -26,9 +27,12 @@ OPTIONS = {
 def compile_pass(shape: Shape, package: Path) -> None:
     """Write the package for a shape. Raises whatever torch or the compiler raise."""
     N, B, T, M = (Dim(name, min=least, max=1 << 20) for name, least in (("N", 1), ("B", 1), ("T", 2), ("M", 1)))
-    sizes = {"ids_3N": (3, 21), "place_N": (21,), "lengths_B": (3,), "columns_T": (13,), "picked_M": (5,)}
-    example = tuple(torch.zeros(size, dtype=torch.long) for size in sizes.values())
-    dynamic = ({1: N}, {0: N}, {0: B}, {0: T}, {0: M})
+    places = Places.of([13, 5, 3])
+    ids, picked = torch.zeros(3, 21, dtype=torch.long), torch.zeros(5, dtype=torch.long)
+    example = (ids, places.source, places.mask, places.row, places.column, picked)
+    dynamic = ({1: N}, {0: B, 1: T}, {0: B, 1: T}, {0: N}, {0: N}, {0: M})
+    if not shape.fuses:  # nor may the compiler join what is apart
+        mkldnn_fusion._mkldnn_fusion_init = lambda: None
     with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
         program = export(Pass(shape).eval(), example, dynamic_shapes=dynamic)
         torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=OPTIONS)

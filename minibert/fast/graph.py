@@ -16,13 +16,13 @@ from torch.nn import functional
 
 from minibert.activations import ACTIVATIONS
 from minibert.fast.encoder import GELUS, CpuEngine, Kernels, Linear
-from minibert.fast.onednn import POST_OPS, PrepackedLinear
+from minibert.fast.onednn import POST_OPS, PrepackedLinear, UnfusedLinear
 from minibert.fast.quantize import Bfloat16Linear, Int8Linear
 from minibert.fast.quantize import Int8AfterGelu as AfterGelu
 from minibert.model import BertModel
 
 KINDS: dict[str, type[Linear]] = {
-    kind.__name__: kind for kind in (PrepackedLinear, Bfloat16Linear, Int8Linear, AfterGelu)
+    kind.__name__: kind for kind in (PrepackedLinear, UnfusedLinear, Bfloat16Linear, Int8Linear, AfterGelu)
 }
 
 
@@ -47,6 +47,11 @@ class Shape:
     linear: str
     careful: str
     after_gelu: str
+
+    @property
+    def fuses(self) -> bool:
+        """Whether oneDNN's products may take in what follows them."""
+        return all(getattr(KINDS[kind], "fuses", True) for kind in (self.linear, self.careful, self.after_gelu))
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -130,7 +135,7 @@ class Product(nn.Module):
                 torch.float32, "none", [], "",
             )  # fmt: skip
             return self.activated(product * scale + self.bias)
-        post_op, algorithm = POST_OPS.get(self.activation, ("none", ""))
+        post_op, algorithm = POST_OPS.get(self.activation, ("none", "")) if self.kind.fuses else ("none", "")
         x = x.to(self.weight.dtype)
         y = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, post_op, [], algorithm)
         return y if post_op != "none" else self.activated(y)
@@ -190,8 +195,7 @@ class Layer(nn.Module):
         query, key, value = (
             x[places.source].transpose(1, 2).reshape(B * H, T, K) for x in (query, key, value)
         )  # (N, H, K) -> (B, T, H, K) -> (B * H, T, K)
-        scores = torch.bmm(query, key.transpose(1, 2)).view(B, H, T, T)
-        scores = torch.where(places.keep[:, None, None], scores, -torch.inf)
+        scores = torch.bmm(query, key.transpose(1, 2)).view(B, H, T, T) + places.mask[:, None, None].to(query.dtype)
         probabilities = torch.softmax(scores, -1).to(value.dtype).view(B * H, T, T)
         context = torch.bmm(probabilities, value).view(B, H, T, K)
         row, column = places.row, places.column
@@ -202,14 +206,32 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class Places:
-    """Where tokens lie. source (B, T): each place's token among the N (any, at padding); keep (B, T): places that hold
-    one; row and column (N,): each token's place.
+    """Where tokens lie. source (B, T): each place's token among the N (any, at padding); mask (B, T), float32: 0 at
+    places that hold one, else -inf; row and column (N,): each token's place.
+
+    They are made outside of the graph: whole numbers within a loop keep the compiler from vector instructions.
     """
 
     source: Tensor
-    keep: Tensor
+    mask: Tensor
     row: Tensor
     column: Tensor
+
+    @classmethod
+    def of(cls, lengths: list[int]) -> Places:
+        """Texts one after another. T is 2 at least, since the graph is for no single one."""
+        N, B, T = sum(lengths), len(lengths), max(2, *lengths)
+        if N == B * T:
+            source = torch.arange(N)
+            if B == 1:
+                return cls(source[None], torch.zeros(1, T), torch.zeros_like(source), source)
+            row = torch.div(source, T, rounding_mode="floor")
+            return cls(source.view(B, T), torch.zeros(B, T), row, source - row * T)
+        sizes, columns = torch.tensor(lengths)[:, None], torch.arange(T)
+        keep = columns < sizes  # (B, T)
+        row, column = keep.nonzero(as_tuple=True)
+        source = (sizes.cumsum(0) - sizes + columns).clamp_(max=N - 1)
+        return cls(source, torch.zeros(B, T).masked_fill_(~keep, -torch.inf), row, column)
 
 
 class Pass(nn.Module):
@@ -225,20 +247,12 @@ class Pass(nn.Module):
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
 
     def forward(
-        self, ids_3N: Tensor, place_N: Tensor, lengths_B: Tensor, columns_T: Tensor, picked_M: Tensor
+        self, ids_3N: Tensor, source_BT: Tensor, mask_BT: Tensor, row_N: Tensor, column_N: Tensor, picked_M: Tensor
     ) -> Tensor:
-        """ids_3N: word, segment and position; place_N: b * T + t of each token; columns_T: 0 to T - 1; picked_M: the
-        tokens whose last state is wanted. Returns (M, D).
+        """ids_3N: word, segment and position; then the parts of Places; picked_M: the tokens whose last state is
+        wanted. Returns (M, D).
         """
-        N, T = ids_3N.shape[1], columns_T.shape[0]
-        starts = lengths_B.cumsum(0) - lengths_B
-        row = torch.div(place_N, T, rounding_mode="floor")
-        places = Places(
-            source=(starts[:, None] + columns_T).clamp(max=N - 1),
-            keep=columns_T < lengths_B[:, None],
-            row=row,
-            column=place_N - row * T,
-        )
+        places = Places(source_BT, mask_BT, row_N, column_N)
         x_ND = functional.embedding(ids_3N[0], self.words) + functional.embedding(ids_3N[1], self.segments)
         x_ND = self.norm(x_ND + functional.embedding(ids_3N[2], self.positions)).to(self.dtype)
         last = len(self.layers) - 1

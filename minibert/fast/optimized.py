@@ -73,6 +73,8 @@ class OptimizedModel(nn.Module):
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "pooler", model.base_model.pooler)
         self.engine, self.plan, self.notes = engine, plan, notes  # notes: receipts of what was built
+        # dtype: of the outputs, the plain model's; what it computes in is `plan.dtype`. Neither can change: see Held
+        self.device, self.dtype = model.device, model.dtype
         self.eval()
         self._held = Held(model)
         self._signature = inspect.signature(model.forward)
@@ -80,15 +82,6 @@ class OptimizedModel(nn.Module):
     @property
     def config(self) -> Any:
         return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the outputs: the plain model's. What it computes in is `plan.dtype`."""
-        return self.model.dtype
 
     @torch.no_grad()
     def forward(self, input_ids: Any = None, *args: Any, positions: Tensor | None = None, **kwargs: Any) -> Any:

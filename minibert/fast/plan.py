@@ -11,11 +11,12 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from minibert.activations import Activation
 from minibert.base import BertPreTrainedModel
 from minibert.fast import compiled
 from minibert.fast.encoder import CpuEngine, Kernels, Linear
 from minibert.fast.graph import shape_of
-from minibert.fast.onednn import PlainLinear, PrepackedLinear
+from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
 from minibert.fast.optimized import OptimizedModel
 from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear, weight_levels
 from minibert.fast.race import race, wall_clock
@@ -82,10 +83,13 @@ class CpuPlan:
 
 @dataclass(frozen=True)
 class Speeds:
-    """GFLOP/s by name, "plain" being float32 as torch does it; for what is left out, the obstacle."""
+    """GFLOP/s by name, "plain" being float32 as torch does it; for what is left out, the obstacle. unfused: the dtypes
+    in which a GELU after oneDNN's product is faster than one within it.
+    """
 
     measured: dict[str, float]
     obstacles: dict[str, str]
+    unfused: frozenset[str] = frozenset()
 
     def of(self, name: str) -> float:
         return self.measured.get(name, 0.0)
@@ -100,6 +104,7 @@ class Speeds:
 
     def receipts(self) -> list[str]:
         lines = [f"{name}: {speed:.0f} GFLOP/s" for name, speed in self.measured.items()]
+        lines += [f"{name}: oneDNN's GELU is slower than a pass of its own" for name in sorted(self.unfused)]
         return lines + [f"{name}: {obstacle}" for name, obstacle in self.obstacles.items()]
 
 
@@ -136,7 +141,14 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
             continue
         del kernels[name]
     seconds, wrong = _race(kernels, D, F, _ROWS)
-    return Speeds({name: 2 * _ROWS * D * F / s / 1e9 for name, s in seconds.items()}, obstacles | wrong)
+    unfused = set()
+    for name in [name for name in seconds if kernels[name][0] is PrepackedLinear]:
+        dtype = kernels[name][1]
+        with_gelu, _ = _race({"fused": (PrepackedLinear, dtype), name: (UnfusedLinear, dtype)}, D, F, _ROWS, "gelu")
+        if with_gelu.get(name, float("inf")) < with_gelu["fused"]:
+            unfused.add(name)
+    speeds = {name: 2 * _ROWS * D * F / s / 1e9 for name, s in seconds.items()}
+    return Speeds(speeds, obstacles | wrong, frozenset(unfused))
 
 
 def _obstacle(name: str) -> str:
@@ -156,7 +168,7 @@ def _obstacle(name: str) -> str:
 
 
 def _race(
-    kernels: dict[str, tuple[type[Linear], torch.dtype]], D: int, F: int, rows: int
+    kernels: dict[str, tuple[type[Linear], torch.dtype]], D: int, F: int, rows: int, activation: str = ""
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds of each kernel on random numbers, and for the others what is wrong with them."""
     generator = torch.Generator().manual_seed(0)
@@ -165,7 +177,8 @@ def _race(
     wrong = {}
     for name, (linear, dtype) in kernels.items():
         try:
-            layer = linear(weight.to(dtype), torch.zeros(F, dtype=dtype))
+            after = Activation(activation) if activation else None
+            layer = linear(weight.to(dtype), torch.zeros(F, dtype=dtype), after)
         except Exception as failure:
             wrong[name] = f"not as this version of torch has it ({type(failure).__name__})"
             continue
@@ -204,7 +217,8 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
     kernels = _kernels(wanted, speeds)
     can_compile = compile and speeds.of("float32") and not compiled.compiler_obstacle()
     if can_compile and _can_be_prepacked(wanted, kernels):
-        kernels, why = _compilable(wanted)[-1], f"{why}; float32 by oneDNN, which can be compiled"
+        kernels = _int8(PrepackedLinear) if wanted == "int8" else _all(torch.float32, _prepacked("float32", speeds))
+        why += "; float32 by oneDNN, which can be compiled"
     if kernels.careful is not kernels.linear:
         why += f"; values and heads on {kernels.careful.__name__}, attention in {NAMES[kernels.attention]}"
     if wanted == "int8" and weight_levels() < 127:
@@ -214,20 +228,24 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
 
 
 def _kernels(name: str, speeds: Speeds) -> Kernels:
-    float32 = PrepackedLinear if speeds.of("float32") > _GAIN * speeds.of("plain") else PlainLinear
+    packs = speeds.of("float32") > _GAIN * speeds.of("plain")
     if name == "int8":
         bfloat16 = speeds.gains("bfloat16") and "bfloat16" not in speeds.obstacles
-        return _int8(Bfloat16Linear if bfloat16 else float32)
+        return _int8(Bfloat16Linear if bfloat16 else PrepackedLinear if packs else PlainLinear)
     if name == "float32":
-        return _all(torch.float32, float32)
-    return _all(getattr(torch, name), PlainLinear if name in speeds.obstacles else PrepackedLinear)
+        return _all(torch.float32, _prepacked(name, speeds) if packs else PlainLinear)
+    return _all(getattr(torch, name), PlainLinear if name in speeds.obstacles else _prepacked(name, speeds))
+
+
+def _prepacked(name: str, speeds: Speeds) -> type[Linear]:
+    return UnfusedLinear if name in speeds.unfused else PrepackedLinear
 
 
 def _compilable(name: str) -> list[Kernels]:
     """The kernels that a compiled pass in a dtype may have."""
     if name == "int8":
         return [_int8(Bfloat16Linear), _int8(PrepackedLinear)]
-    return [] if name == "auto" else [_all(getattr(torch, name), PrepackedLinear)]
+    return [] if name == "auto" else [_all(getattr(torch, name), linear) for linear in (PrepackedLinear, UnfusedLinear)]
 
 
 def _can_be_prepacked(name: str, kernels: Kernels) -> bool:

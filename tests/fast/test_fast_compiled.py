@@ -16,7 +16,8 @@ from test_fast import B, T, close, make, masks, on_tokens, text
 
 from minibert import BertForMaskedLM, BertForSequenceClassification, BertModel, optimize
 from minibert.fast import compiled, plan
-from minibert.fast.graph import Shape, shape_of
+from minibert.fast.graph import Pass, Places, Shape, shape_of, weights
+from minibert.fast.padding import pack_rows
 
 SIZES = {"num_hidden_layers": 2}
 PREPACKED = plan._all(torch.float32, plan.PrepackedLinear)
@@ -66,6 +67,32 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(compiled, "compiler_obstacle", lambda: "")
     return runs
+
+
+def test_places():
+    """Each token goes where it belongs and comes back; what is masked is what holds none."""
+    for lengths in ([1], [2], [7], [3, 3, 3], [1, 1], [5, 1, 3], [2, 9]):
+        places, N = Places.of(lengths), sum(lengths)
+        tokens = torch.arange(N)
+        assert torch.equal(tokens[places.source][places.row, places.column], tokens)
+        held = [[column < n for column in range(max(2, *lengths))] for n in lengths]
+        assert (places.mask == 0).tolist() == held
+        assert torch.isneginf(places.mask[~torch.tensor(held)]).all()
+        assert [row for row, n in enumerate(lengths) for _ in range(n)] == places.row.tolist()
+
+
+@needs_onednn
+@pytest.mark.parametrize("linear", [plan.PrepackedLinear, plan.UnfusedLinear])
+def test_what_is_compiled_computes_what_the_engine_does(linear):
+    kernels = plan._all(torch.float32, linear)
+    engine = plan.CpuPlan("float32", kernels, ()).build(small()).engine
+    graph = Pass(shape_of(small(), kernels)).eval()
+    for rows in ([[5]], [[7] * 9], [[5, 6, 7], [9] * 30, [8]]):
+        batch = pack_rows(rows)
+        places = Places.of(batch.packing.lengths)
+        inputs = (batch.ids_3N, places.source, places.mask, places.row, places.column, torch.arange(len(places.row)))
+        with torch.no_grad():
+            close(torch.func.functional_call(graph, weights(engine), inputs), engine.encode(batch).last_MD)
 
 
 @needs_onednn

@@ -5,8 +5,9 @@ import torch
 from test_fast import close, make, masks, text
 
 from minibert import BertForMaskedLM, BertModel, optimize
+from minibert.activations import Activation
 from minibert.fast import plan
-from minibert.fast.onednn import PlainLinear, PrepackedLinear
+from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
 from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
 
 
@@ -39,13 +40,34 @@ def test_linear_layers(rows, inputs, outputs):
     x, residual = torch.randn(rows, inputs), torch.randn(rows, outputs)
     weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
     exact = x.double() @ weight.double().T + bias
-    allowed = {PlainLinear: 1e-6, PrepackedLinear: 1e-6, Bfloat16Linear: 0.01, Int8Linear: 0.02}
+    allowed = {
+        **dict.fromkeys((PlainLinear, PrepackedLinear, UnfusedLinear), 1e-6), Bfloat16Linear: 0.01, Int8Linear: 0.02
+    }  # fmt: skip
     if "bfloat16" in MISSING:
         del allowed[Bfloat16Linear]
     for linear, bound in allowed.items():
         layer = linear(weight, bias)
         assert error(layer(x), exact) < bound, linear
         assert error(layer.add(x, residual), exact + residual) < bound, linear
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "mish"])
+def test_an_activation_within_the_product_or_after_it(name):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 64), torch.randn(80, 64) / 8, torch.randn(80)
+    exact = Activation(name)(x.double() @ weight.double().T + bias)
+    for linear in (PlainLinear, PrepackedLinear, UnfusedLinear):
+        assert error(linear(weight, bias, Activation(name))(x), exact) < 1e-6, linear
+
+
+def test_the_faster_gelu_is_taken_and_said(monkeypatch):
+    for unfused, expected in ((frozenset(), PrepackedLinear), (frozenset({"float32"}), UnfusedLinear)):
+        speeds = plan.Speeds({"plain": 1.0, "float32": 2.0}, {}, unfused)
+        monkeypatch.setattr(plan, "measure", lambda names, D, F, attempt=0, speeds=speeds: speeds)
+        fast = optimize(make(), compile=False)
+        assert type(fast.engine.layers[0].up) is expected
+        assert ("GELU is slower than a pass of its own" in fast.explain()) == bool(unfused)
+        close(fast(text()).last_hidden_state, make()(text()).last_hidden_state)
 
 
 def test_int8_scales_each_token_and_each_channel():
@@ -145,4 +167,4 @@ def test_int8_keeps_values_and_heads_in_more_bits(always_fast):
 def test_measured_speeds_name_what_was_measured():
     fast_at("int8")
     receipts = plan.measure(["int8"], 256, 1024).receipts()
-    assert [line.split(":")[0] for line in receipts] == ["plain", "float32", "int8"]
+    assert [line.split(":")[0] for line in receipts][:3] == ["plain", "float32", "int8"]
