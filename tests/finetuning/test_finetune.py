@@ -110,6 +110,18 @@ def test_the_learning_rate_rises_and_falls(start, tmp_path):
     assert all(first == second for first, second in used)
 
 
+def test_an_epoch_has_every_example_once(start, tmp_path):
+    """In another order each time; the last batch has those that are left over."""
+    job, seen = make_job(start, tmp_path, count=21, epochs=2), []
+    loss = job.task.loss
+    job.task.loss = lambda *given: seen.append(given[-1]) or loss(*given)
+    job.fit()
+    assert sorted(map(len, seen[:3])) == sorted(map(len, seen[3:])) == [5, 8, 8]
+    orders = [[i for batch in batches for i in batch] for batches in (seen[:3], seen[3:])]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(21))
+    assert orders[0] != orders[1]
+
+
 def test_validation_is_without_dropout_and_training_with_it(tmp_path):
     start = case.make_start(tmp_path / "start", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     job, modes = make_job(start, tmp_path, epochs=1), []

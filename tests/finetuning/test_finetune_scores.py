@@ -22,6 +22,8 @@ def test_class_scores_are_those_of_others():
     scores = class_scores(found, true)
     assert scores == {"accuracy": pytest.approx((found == true).mean()), "macro_f1": pytest.approx(np.mean(expected))}
     assert class_scores(np.array([1, 1]), np.array([1, 1])) == {"accuracy": 1, "macro_f1": 1}
+    # A class that is never found counts, as does one that is found and never right
+    assert class_scores(np.array([0, 0, 2]), np.array([0, 1, 0]))["macro_f1"] == pytest.approx((0.5 + 0 + 0) / 3)
     scores = multi_label_scores(np.array([[1, 0], [1, 1]]) > 0, np.array([[1, 0], [0, 1]]) > 0)
     assert scores == {"accuracy": 0.5, "micro_f1": pytest.approx(0.8), "macro_f1": pytest.approx((2 / 3 + 1) / 2)}
     scores = number_scores(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0]))

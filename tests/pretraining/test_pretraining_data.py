@@ -13,7 +13,7 @@ import torch
 from training_job import labels_of
 
 from minibert.pretraining import batches, order, pairs
-from minibert.pretraining.batches import Batch, BatchMaker
+from minibert.pretraining.batches import Batch, BatchMaker, _whole_words
 from minibert.pretraining.corpus import Corpus, build_corpus
 from minibert.pretraining.order import Plan, Position, plan_batches
 from minibert.pretraining.pairs import PairRules, lengths_of, plan_pairs
@@ -139,6 +139,13 @@ def test_batches_are_well_formed(corpus, packed, whole_words):
             if whole_words:
                 goes_on = np.array([pieces[i].startswith("##") for i in original[here]])
                 assert (chosen[1:] == chosen[:-1])[goes_on[1:] & ~np.isin(original[here][:-1], [2, 3])].all()
+
+
+def test_what_is_left_of_a_pairs_budget_is_not_the_next_ones():
+    """No word of three pieces fits into a budget of two; of two pieces, one fits into three."""
+    word = np.repeat([0, 1, 2, 3, 4], [3, 3, 2, 2, 2])
+    taken = _whole_words(word, sizes=np.array([6, 6]), budgets=np.array([2, 3]))
+    assert np.flatnonzero(taken).tolist() == [6, 7]
 
 
 @pytest.mark.parametrize("whole_words", [False, True])

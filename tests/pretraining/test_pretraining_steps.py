@@ -133,6 +133,21 @@ def test_epsilon_divides(corpus, tmp_path, epsilon, moves):
     assert (change > 1e-3) == moves
 
 
+def test_betas_are_those_asked_for(corpus, tmp_path):
+    run = make_run(corpus, tmp_path, betas=(0.5, 0.75))
+    step, gradients = run.optimizer.step, {}
+
+    def stepping() -> None:
+        gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
+        step()
+
+    run.optimizer.step = stepping
+    run.train_step(parts(corpus))
+    for name, values in state_of(run.model, run.optimizer).items():
+        assert torch.allclose(values["exp_avg"], 0.5 * gradients[name], atol=1e-8), name
+        assert torch.allclose(values["exp_avg_sq"], 0.25 * gradients[name].square(), atol=1e-8), name
+
+
 def test_every_process_drops_out_other_units(corpus, tmp_path):
     sums = [make_run(corpus, tmp_path, dropout=0.3, world=World(rank)).train_step(parts(corpus)) for rank in (0, 1, 0)]
     assert torch.equal(sums[0], sums[2])
