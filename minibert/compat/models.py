@@ -128,16 +128,21 @@ class HubModel(nn.Module):
         self.post_init()
 
     def tie_weights(self, **ignored: Any) -> None:
-        """Make the vocabulary projection of a masked language model the word embeddings again, as in a new one."""
+        """Make the vocabulary projection the word embeddings again and its bias the head's, as in a new model.
+
+        Raises ValueError where their sizes differ.
+        """
         decoder, embeddings = self.get_output_embeddings(), self.get_input_embeddings()
-        if decoder is None or decoder.weight is embeddings.weight:
+        if decoder is None:
             return
-        if decoder.weight.shape != embeddings.weight.shape:
-            raise ValueError(
-                f"decoder.weight {tuple(decoder.weight.shape)} cannot be the word embeddings "
-                f"{tuple(embeddings.weight.shape)}"
-            )
-        decoder.weight = embeddings.weight
+        owners = {"weight": embeddings.weight, "bias": getattr(self.cls.predictions, "bias", None)}  # type: ignore[union-attr]
+        for name, owner in owners.items():
+            own = getattr(decoder, name)
+            if own is owner or own is None or owner is None:
+                continue
+            if own.shape != owner.shape:
+                raise ValueError(f"decoder.{name} {tuple(own.shape)} cannot be a parameter {tuple(owner.shape)}")
+            setattr(decoder, name, owner)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model holds, a tied parameter counted once; without nn.Embedding's, if asked for."""

@@ -233,6 +233,22 @@ def test_a_run_by_accelerate(mixed_precision):
 # Loading data
 
 
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForPreTraining"])
+def test_a_model_made_empty_is_filled_by_accelerate(tmp_path, head):
+    """`init_empty_weights` puts a parameter in the place of each name, which takes ties apart."""
+    saved = twins(head)[1]
+    saved.save_pretrained(tmp_path)
+    with accelerate.init_empty_weights():
+        model = getattr(minibert, head)(minibert.BertConfig(**TINY))
+    model.tie_weights()
+    filled = accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
+    predictions = filled.cls.predictions
+    assert predictions.decoder.weight is filled.get_input_embeddings().weight
+    assert predictions.decoder.bias is predictions.bias
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(filled.eval()(ids)[0], saved(ids)[0])
+
+
 def test_batches_made_by_workers(minilm_dir):
     """The tokenizer in the processes of a DataLoader, after it was used in this one."""
     tokenizer = minibert.BertTokenizer.from_pretrained(minilm_dir)
