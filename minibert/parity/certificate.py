@@ -79,11 +79,14 @@ def machine() -> dict[str, dict[str, Any]]:
     }
 
 
-def statement(name: str, reports: Sequence[Report], command: dict[str, Any], **digests: Digests) -> dict[str, Any]:
+def statement(
+    name: str, reports: Sequence[Report], command: dict[str, Any], chosen: dict[str, str], **digests: Digests
+) -> dict[str, Any]:
     """The certificate as JSON has it.
 
     Args:
-        name: of the model. reports: of each comparison. command: options to repeat it.
+        name: of the model. reports: of each comparison. command: options to repeat it. chosen: the kernels of each
+            fast side, which won a race on this machine.
         digests: SHA-256 by name of "weights" (each stored tensor), "files", "texts" and "outputs" (each case of each
             side).
     """
@@ -92,6 +95,8 @@ def statement(name: str, reports: Sequence[Report], command: dict[str, Any], **d
         result = "failedTests" if not each.passed else "warnedTests" if each.verdict == "bug" else "passedTests"
         groups[result].append(f"{each.candidate} against {each.reference}: {each.require}")
     failed, warned = groups["failedTests"] or not reports, groups["warnedTests"]
+    facts = machine()
+    facts["switches"] |= chosen
     subjects = {"weights": combined(digests["weights"]), **digests["files"]}
     return finite({
         "_type": "https://in-toto.io/Statement/v1",
@@ -102,7 +107,7 @@ def statement(name: str, reports: Sequence[Report], command: dict[str, Any], **d
             "configuration": [{"name": "texts", "digest": {"sha256": combined(digests["texts"])}}],
             **groups,
             "measurements": {
-                "schema_version": SCHEMA_VERSION, "model": name, "command": command, **digests, **machine(),
+                "schema_version": SCHEMA_VERSION, "model": name, "command": command, **digests, **facts,
                 "comparisons": [report.to_dict() for report in reports],
             },
         },

@@ -146,8 +146,10 @@ class _Job:
 
         options = {name: getattr(self.arguments, name) for name in _OPTIONS}
         files = {name: self.source.file(name) for name in ("config.json", "vocab.txt", "tokenizer.json")}
+        sides = [self.side(*pair) for pair in self.pairs]
         return statement(
             self.name, reports, {"line": _line(options), **options},
+            {side.name: str(side.module.plan).split(",")[0] for side in sides if hasattr(side.module, "plan")},
             weights={tensor["name"]: tensor["sha256"] for tensor in self.report.to_dict() if tensor["sha256"]},
             files={name: sha256(file.read_bytes()) for name, file in files.items() if file is not None},
             texts={f"text {number}": sha256(text) for number, text in enumerate(self.texts, 1)},

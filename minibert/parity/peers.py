@@ -13,15 +13,9 @@ from torch import Tensor, nn
 
 from minibert.parity.comparison import Side, coarsest, numbered
 from minibert.parity.inputs import Case
+from minibert.weights.convert import aligned
 
 PEERS = ("transformers", "transformers-eager", "onnxruntime", "openvino")
-
-
-def fresh(model: nn.Module) -> nn.Module:
-    """Each parameter in memory of its own, row after row: bits depend on where a loader leaves the weights."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return model
 
 
 def ours(kind: type, source: Any, path: str, dtype: str, **options: Any) -> Side:
@@ -29,7 +23,7 @@ def ours(kind: type, source: Any, path: str, dtype: str, **options: Any) -> Side
     from minibert.fast import optimize
 
     own = "float32" if dtype == "int8" else dtype
-    model, name = fresh(kind.from_pretrained(source, dtype=own, **options)), f"minibert {path} {dtype}"
+    model, name = aligned(kind.from_pretrained(source, dtype=own, **options)), f"minibert {path} {dtype}"
     if path == "plain":
         return Side(name, model, model.dtype)
     fast = optimize(model, None if dtype == own else dtype)
@@ -49,7 +43,7 @@ def theirs(spec: str, kind: type, directory: Path, dtype: str, case: Case, **opt
         )  # fmt: skip
         if info["missing_keys"]:
             raise ValueError(f"transformers finds weights missing: {', '.join(sorted(info['missing_keys']))}")
-        run: Any = fresh(model.eval())
+        run: Any = aligned(model.eval())
         if runtime is not transformers:
             run = _Graph(spec, runtime, run, case)
     except ImportError as error:

@@ -13,8 +13,8 @@ from minibert.parity.comparison import summary
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:92em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.2em .7em;text-align:left}
-td{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}code{font-size:.9em;background:#f4f4f4;padding:0 .2em}
-.FAILED,.bug{color:#b00020;font-weight:bold}.PASSED{color:#006d2c;font-weight:bold}"""
+td{font-variant-numeric:tabular-nums}code{font-size:.9em;background:#f4f4f4;padding:0 .2em}
+.FAILED,.bug{color:#b00020}.PASSED{color:#006d2c}li{margin-left:1.5em}"""
 _LEVELS = (
     "bits: equal to the last bit. exact: root mean square error to float64 at most 2 times the reference's own, 3 in "
     "half precision. answers: top word, label, span, nearest text. Rows of padding do not count."
@@ -47,10 +47,10 @@ def to_html(certificate: dict[str, Any]) -> str:
 
 
 def _element(tag: str, texts: Iterable[str]) -> str:
-    """An element a text; code between backquotes, and verdicts that a text begins with, stand out."""
-    code = [re.sub("`(.*?)`", r"<code>\1</code>", escape(text.replace("\\|", "|"))) for text in texts]
-    return "".join(re.sub("^<([a-z0-9]+)>(PASSED|FAILED|bug)", r'<\1 class="\2">\2', f"<{tag}>{text}</{tag}>")
-                   for text in code)  # fmt: skip
+    """An element a text; code between backquotes, and a verdict that a text begins with, stand out."""
+    shown = [re.sub("`(.*?)`", r"<code>\1</code>", escape(text.replace("\\|", "|"))) for text in texts]
+    marked = [re.sub("^(PASSED|FAILED|bug)", r'<b class="\1">\1</b>', text) for text in shown]
+    return "".join(f"<{tag}>{text}</{tag}>" for text in marked)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:

@@ -255,9 +255,8 @@ def _place(
     """Where it goes wrong: a step left out on the way; else the first operation whose result the other never has."""
     order = {step.name: number for number, step in enumerate(own)}
     shared = {id(step.tensor): step.name for step in theirs if step.name in order and step.tensor is not wanted}
-    twin = theirs.step(name) if name in theirs else theirs.steps[-1]
-    source = own.step(name).source if name in own else own.steps[-1].source
-    way, _ = done.way_to(actual)
+    twin, (way, _) = theirs.step(name) if name in theirs else theirs.steps[-1], done.way_to(actual)
+    source = own.step(name).source if name in own else (way or own.steps)[-1].source
     blamed = _blamed(way, known, {id(step.tensor) for step in theirs})
     passed, reached = known.way_to(wanted, shared)
     made = {id(operation.output) for operation in passed}

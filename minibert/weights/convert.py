@@ -199,9 +199,9 @@ def _verify(origin: hub.Source, result: Path, model: Pretrained, dtype: torch.dt
             raise ValueError(f"transformers finds weights missing in {name}: {', '.join(sorted(info['missing_keys']))}")
         opened[name] = reference
     opened["the result in minibert"] = kind.from_pretrained(result, **options)
-    expected = _aligned(opened.pop("the source"))
+    expected = aligned(opened.pop("the source"))
     for name, found in opened.items():
-        report = minibert.parity.compare(_aligned(found), expected, _inputs(model), require="bits", checks=())
+        report = minibert.parity.compare(aligned(found), expected, _inputs(model), require="bits", checks=())
         if not report or report.first is not None:
             raise ValueError(f"{name} is not equal to the source: {report}")
 
@@ -225,7 +225,7 @@ def _inputs(model: Pretrained) -> list[dict[str, Tensor]]:
     return batches
 
 
-def _aligned(model: torch.nn.Module) -> torch.nn.Module:
+def aligned(model: torch.nn.Module) -> torch.nn.Module:
     """Rounding depends on how weights lie in memory: on alignment, and on row or column order (old .bin files hold
     transposed views, as TensorFlow had them). So they are put in aligned memory, row by row.
     """

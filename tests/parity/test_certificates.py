@@ -46,6 +46,31 @@ def test_a_bert_of_ones_own_is_certified_against_ours():
     assert json.loads(report.to_json())["bug"]["step"] == "embeddings.word_embeddings"
 
 
+class Wrapped(nn.Module):
+    """A model that asks for float32, and cannot be trained."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        if self.model.dtype != torch.float32:
+            raise TypeError("float32 alone")
+        with torch.inference_mode():
+            return self.model(**inputs)
+
+
+def test_what_a_model_cannot_do_is_noted_and_the_rest_compared():
+    torch.manual_seed(0)
+    config = minibert.BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+                                 intermediate_size=32, max_position_embeddings=16)  # fmt: skip
+    ours = minibert.BertModel(config).eval()
+    report = minibert.parity.compare(Wrapped(ours), ours, torch.randint(1, 50, (2, 9)))
+    assert report, report
+    assert any("does not compute in float64" in note for note in report.notes)
+    assert any("gradients are not compared" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -62,6 +87,8 @@ def test_what_cannot_be_compared_is_told(arguments, error, message):
         minibert.parity.compare(*arguments)
     with pytest.raises(ValueError, match="require='same': must be one of bits, exact, answers"):
         minibert.parity.compare(len, len, require="same")
+    with pytest.raises(ValueError, match="checks has 'forward': must be of gradients, train, invariance"):
+        minibert.parity.compare(len, len, checks=["forward"])
 
 
 def test_sides_without_a_common_output_are_told():

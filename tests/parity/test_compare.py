@@ -105,6 +105,14 @@ def test_equal_to_the_last_bit(head):
     assert report.first is None
 
 
+def test_outputs_that_are_exchanged_are_a_bug_where_they_are_made():
+    reference, ours = twins("BertForQuestionAnswering")
+    mutants.replace_forward(ours, mutants.span_exchanged)
+    bug = compare(ours, reference, inputs(9)).bug
+    assert bug.step == "start_logits"
+    assert bug.line.startswith("minibert/heads.py") or bug.line.startswith("mutants.py")
+
+
 def test_a_step_made_of_others_is_told_of_which(pair):
     mutant = copy.deepcopy(pair[1])
     FAULTS["residual from the layers input"](mutant)
