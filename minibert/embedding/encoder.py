@@ -304,6 +304,10 @@ class SentenceEncoder(Encoder):
             target_devices = [f"cuda:{number}" for number in range(count)] or ["cpu"] * 4
         return Pool(self, [as_place(device) for device in target_devices])
 
+    def encode_multi_process(self, sentences: Texts, pool: Pool, **options: Any) -> Any:
+        """The older name of `encode(sentences, pool=pool)`."""
+        return self.encode(sentences, pool=pool, **options)
+
     @staticmethod
     def stop_multi_process_pool(pool: Pool) -> None:
         """End the processes of a pool."""

@@ -164,6 +164,7 @@ def test_a_pool_of_processes(tiny):
     expected = tiny.encode(texts)
     with tiny.start_multi_process_pool(["cpu", "cpu"]) as pool:
         assert close(tiny.encode(texts, pool=pool, chunk_size=7), expected)
+        assert close(tiny.encode_multi_process(texts, pool, prompt="a "), tiny.encode(texts, prompt="a "))
         assert close(tiny.encode([], pool=pool), np.empty((0, 32)))
         everything = tiny.encode(texts[:3], pool=pool, output_value=None)
         assert [item["input_ids"].tolist() for item in everything] == [
