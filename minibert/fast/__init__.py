@@ -34,8 +34,8 @@ def optimize(
 
     It computes as in eval mode, whatever mode the model is in. Parameters are shared with `model`, apart from a second
     copy of the weights in the layout that the kernels read. Change them, and it is time to optimize again: the next
-    call raises RuntimeError (but for changes in place through `.data` or numpy, which leave no trace). `explain()` on
-    the result tells what was chosen and why.
+    call raises RuntimeError. (Changes in place through `.data` or numpy are noticed on a CPU, where they change most
+    of a tensor.) `explain()` on the result tells what was chosen and why.
 
     Raises TypeError for what is not a minibert model, or not exactly one: a subclass, a hook, an adapter or another
     module in a layer's place, a `forward` put in the place of one. ValueError for a dtype that does not exist or that

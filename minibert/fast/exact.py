@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from operator import attrgetter, is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -173,6 +174,12 @@ class Held:
         self.tensors = [thing for thing in self.things if isinstance(thing, Tensor)]
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]  # those keep no count
         self.state = self._state()
+        # Where torch counts nothing, as of `.data` and numpy (PEFT merges adapters so), some numbers tell
+        self.samples = [sample for tensor in self.tensors if (sample := _sample(tensor)) is not None]
+        self.sampled = self._numbers()
+
+    def _numbers(self) -> np.ndarray:
+        return np.concatenate(self.samples) if self.samples else np.empty(0)
 
     def _now(self) -> list[Any]:
         return [table.get(name) for table, name in self.items]
@@ -187,10 +194,12 @@ class Held:
         )
 
     def change(self) -> str:
-        """What has changed, or "". An edit through `.data`, in place, leaves no trace that could be seen."""
+        """What has changed, or "". Of edits through `.data`, in place, those are seen that change most of a tensor."""
         if not all(map(is_, self._now(), self.things)) or sum(map(len, self.tables)) != self.count:
             return "a parameter or module was replaced"
         if self._state() != self.state:
+            return "parameters were changed"
+        if not torch.compiler.is_compiling() and not np.array_equal(self._numbers(), self.sampled):
             return "parameters were changed"
         if list(map(type, self.modules)) != self.kinds or model.attention is not self.seam:
             return "a class was replaced"
@@ -201,6 +210,18 @@ class Held:
         if any(kind.forward is not forward for kind, forward in self.classes.items()):
             return "a class's forward was replaced"
         return ""
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sample(tensor: Tensor) -> np.ndarray | None:
+    """A view of some four numbers of a plain tensor in the CPU's memory, as integers, since NaN differs from itself."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
+    if not is_plain or tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.is_floating_point():
+        return None
+    bits = tensor.detach().view(-1).view(_BITS[tensor.element_size()])
+    return bits[:: max(1, len(bits) // 4)].numpy()
 
 
 __all__ = ["Held", "check_exact"]

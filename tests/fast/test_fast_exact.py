@@ -250,6 +250,46 @@ def test_a_change_after_optimize_is_noticed(change):
         fast.encode_rows([[1, 2]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_edits_that_torch_does_not_count_are_noticed(dtype):
+    """As of moving averages, which write into `.data`, and of numpy."""
+    for edit in (
+        lambda x: x.data.mul_(0.5),
+        lambda x: x.data.copy_(torch.zeros_like(x)),
+        lambda x: x.detach().numpy().__imul__(2),
+    ):
+        model = make().to(dtype)
+        fast = optimize(model)
+        fast(text())
+        edit(model.encoder.layer[0].output.dense.weight)
+        with pytest.raises(RuntimeError, match="parameters were changed after optimize"):
+            fast(text())
+
+
+def test_a_merged_adapter_is_noticed():
+    """PEFT puts the layer back that was there before, with other numbers in the same memory."""
+    import peft
+
+    model = make(BertForSequenceClassification)
+    fast = optimize(model)
+    before = fast(text()).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], init_lora_weights=False))
+    merged = adapted.merge_and_unload()
+    assert merged is model
+    with pytest.raises(RuntimeError, match="parameters were changed after optimize"):
+        fast(text())
+    assert not torch.allclose(optimize(model)(text()).logits, before)
+
+
+def test_a_model_of_nan_has_not_changed():
+    model = make()
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight.fill_(float("nan"))
+    fast = optimize(model)
+    fast(text())
+    assert fast.is_current()
+
+
 def test_another_attention_after_optimize_is_noticed(monkeypatch):
     fast = optimize(make())
     monkeypatch.setattr(plain_model, "attention", lambda query, key, value, mask, dropout_p=0.0: value)
