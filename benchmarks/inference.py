@@ -122,8 +122,9 @@ def contest(dtype: str, options: argparse.Namespace, exports: Path, exact: dict[
     names = [name for name in CONTENDERS[dtype] if options.only is None or name in options.only]
     times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     quality: dict[str, dict[str, float]] = {}
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for name in [name for name in names if name in times]:
+            print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
             result = ask(name, options, exports, options.seconds)
             if result is None:
                 del times[name]
