@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Most tests compute so little that threads would wait for each other longer than they work, in children too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
+
 import torch
 
 if not torch.cuda.is_available():
