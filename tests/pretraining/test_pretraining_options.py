@@ -369,7 +369,7 @@ def test_no_text_and_no_run(tmp_path):
         pretrain("--output", tmp_path / "run", "--resume")
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+    with pytest.raises(NotADirectoryError, match="file is a file: name a directory for the run"):
         pretrain("--output", tmp_path / "file", "--resume")
 
 
