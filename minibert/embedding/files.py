@@ -288,7 +288,7 @@ class _Rows:
 
     def append(self, rows: np.ndarray, read: int, sha256: str, truncated: int) -> None:
         old = self.progress
-        with self._named():
+        with disk.naming(partial(self.output)):
             self.file.seek(self._end())
             self.file.write(np.ascontiguousarray(rows, "<f4"))
         # In one assignment, which Ctrl-C cannot tear apart
@@ -301,7 +301,7 @@ class _Rows:
     def save(self) -> None:
         """Rows first, and when they are on disk what says that they are there."""
         shape = (self.progress.lines, self.width)
-        with self._named():
+        with disk.naming(partial(self.output)):
             self.file.seek(0)
             np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
             self.file.truncate(self._end())
@@ -310,14 +310,6 @@ class _Rows:
         if self.resumable:
             disk.write(state(self.output), json.dumps(asdict(self.progress)))
         self.saved = time.monotonic()
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Let errors of writing name the file."""
-        try:
-            yield
-        except OSError as error:
-            raise disk.named(error, partial(self.output)) from error
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         # On a full disk neither works; why the work stopped is told already then, and what the state says is there

@@ -96,5 +96,5 @@ class Linear(torch.autograd.Function):
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A (..., K) times b (N, K) transposed, plus bias (N,): (..., N). Neither needs to be contiguous."""
+    """The product of a (..., K) and b (N, K) transposed, plus bias (N,): (..., N). Neither needs to be contiguous."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")

@@ -29,18 +29,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if target.exists() and not target.is_file():
-        yield target
+        with naming(path):
+            yield target
         return
     partial = target.with_name(f".{secrets.token_hex(8)}.partial")
     partial.touch(exist_ok=False)  # with the permissions that any new file gets
     try:
         with suppress(FileNotFoundError):
             shutil.copymode(target, partial)
-        yield partial
-        sync(partial)
-        os.replace(partial, target)
-    except OSError as error:
-        raise named(error, path) from error
+        with naming(path):
+            yield partial
+            sync(partial)
+            os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
     sync(target.parent)
@@ -52,11 +52,15 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
-    """The error itself if it says which file it is about, else one that says it: writing to an open file does not."""
-    if error.filename is not None or error.errno is None:
-        return error
-    return OSError(error.errno, error.strerror, os.fspath(path))
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have errors say `path` that say no file: writing to an open one does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def remove_partials(directory: str | os.PathLike[str]) -> None:

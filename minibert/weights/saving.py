@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 
-from minibert.weights.files import named, sync
+from minibert.weights.files import naming, sync
 
 _SAVED = ".saved"  # in a model's directory: a whole set of files that are taking their places
 _LIST = "files.json"  # in there: their names, and those that they make stale
@@ -43,26 +43,25 @@ def replacing(directory: str | os.PathLike, stale: Callable[[str], bool] = lambd
                 shutil.rmtree(left, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     try:
-        yield staging
-        names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-        for path in staging.rglob("*"):
-            sync(path)
-        with _claimed(directory):
-            _move(directory)  # a set that another process has finished goes first
-            others = {path.name for path in directory.iterdir() if path.is_file()} - {*names, _LOCK}
-            old = sorted(name for name in others if stale(name))
-            (staging / _LIST).write_text(json.dumps({"files": names, "stale": old}), encoding="utf-8")
-            for path in (staging / _LIST, staging):
+        with naming(directory):
+            yield staging
+            names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+            for path in staging.rglob("*"):
                 sync(path)
-            os.rename(staging, directory / _SAVED)
-            _move(directory)
-    except BaseException as error:
+            with _claimed(directory):
+                _move(directory)  # a set that another process has finished goes first
+                others = {path.name for path in directory.iterdir() if path.is_file()} - {*names, _LOCK}
+                old = sorted(name for name in others if stale(name))
+                (staging / _LIST).write_text(json.dumps({"files": names, "stale": old}), encoding="utf-8")
+                for path in (staging / _LIST, staging):
+                    sync(path)
+                os.rename(staging, directory / _SAVED)
+                _move(directory)
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         if is_new:
             with suppress(OSError):  # not empty: someone else has written there
                 directory.rmdir()
-        if isinstance(error, OSError):
-            raise named(error, directory) from error
         raise
 
 

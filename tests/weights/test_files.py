@@ -80,6 +80,12 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_device_is_named():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        files.write("/dev/full", "content")
+
+
 def test_a_directory_is_no_place_for_content(tmp_path):
     with pytest.raises(IsADirectoryError, match=tmp_path.name):
         files.write(tmp_path, "content")
