@@ -6,7 +6,7 @@ from test_fast import close, make, masks, text
 
 from minibert import BertForMaskedLM, BertModel, optimize
 from minibert.activations import Activation
-from minibert.fast import plan
+from minibert.fast import onednn, plan
 from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
 from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
 
@@ -68,6 +68,12 @@ def test_the_faster_gelu_is_taken_and_said(monkeypatch):
         assert type(fast.engine.layers[0].up) is expected
         assert ("GELU is slower than a pass of its own" in fast.explain()) == bool(unfused)
         close(fast(text()).last_hidden_state, make()(text()).last_hidden_state)
+
+
+def test_without_onednns_gelu_the_other_is_taken(monkeypatch):
+    monkeypatch.setitem(onednn.POST_OPS, "gelu", ("no such operation", "none"))
+    speeds = plan.measure([], 384, 1536, attempt=99)
+    assert speeds.unfused == {"float32"} & speeds.measured.keys()
 
 
 def test_int8_scales_each_token_and_each_channel():
