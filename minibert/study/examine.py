@@ -82,12 +82,13 @@ def _tokens(model: nn.Module, seen: Trace, inputs: Mapping[str, Tensor], tokens:
 
 
 def _row(step: Step, total: int, at: int) -> Facts:
-    x = step.tensor.detach().float()
+    x = step.tensor.float()
     vector = x[0] if x.ndim else x[None]
     while vector.ndim > 1:  # of a head the first, of the tokens the one that is asked about
         vector = vector[at if vector.ndim == 2 and len(vector) > at else 0]
-    finite = x[torch.isfinite(x)]
-    low, mean, high = (f(finite).item() for f in (torch.min, torch.mean, torch.max))
+    if not torch.isfinite(x.sum()):
+        x = x[torch.isfinite(x)]
+    low, mean, high = (f(x).item() for f in (torch.min, torch.mean, torch.max))
     return {
         "name": step.name, "line": str(step.source), "code": step.source.code, "equation": step.equation,
         "letters": step.letters, "numbers": step.numbers, "flops": step.flops,
@@ -142,12 +143,13 @@ def _mattered(
     model: nn.Module, tokenizer: BertTokenizer, inputs: Mapping[str, Tensor], seen: Trace, masked: list[int]
 ) -> Facts:
     T, N, H = seen.sizes["T"], len(seen.attentions), seen.sizes["H"]
-    with torch.no_grad():
-        answers = log_probabilities(model, inputs)  # (T, V)
+    answers = seen.ending("predictions.decoder")[0].tensor[0].float().log_softmax(-1)  # (T, V)
     at = masked[0] if masked else int(answers.max(-1).values[1:-1].argmin()) + 1 if T > 2 else 0
     target = answers[at].argmax().item()
     scores: dict[str, list[float] | None] = {
-        method: attribute(model, inputs, at, method, target).tolist() for method in METHODS if method != "leave_one_out"
+        method: attribute(model, inputs, at, method, target, seen).tolist()
+        for method in METHODS
+        if method != "leave_one_out"
     }
     passes, groups = min(T, int(BUDGET / seen.flops)), None
     if passes >= min(T, 8):

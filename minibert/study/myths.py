@@ -23,8 +23,8 @@ def measure(
 ) -> list[dict[str, str]]:
     """What is said, and what is measured here, a pair a myth."""
     encoder = getattr(model, "bert", model)
-    rows = [_parameters(model, seen), _attention_cost(seen), *_padding(encoder, tokenizer, inputs), _states(seen)]
-    rows += [_sentence_vector(encoder, tokenizer, inputs)]
+    rows = [_parameters(model, seen), _attention_cost(seen), *_padding(encoder, tokenizer, inputs, seen.states[-1])]
+    rows += [_states(seen), _sentence_vector(encoder, tokenizer, seen.states[-1][0])]
     if facts["mattered"]:
         rows += [_gelu(model, inputs, facts), _importance(facts), _all_heads(facts)]
     if facts["lens"] and facts["lens"]["next_sentence"]:
@@ -52,14 +52,15 @@ def _attention_cost(seen: Trace) -> tuple[str, str]:
         f"(T / (2 D + F)). They would be equal at {limit:,} tokens.")  # fmt: skip
 
 
-def _padding(encoder: nn.Module, tokenizer: BertTokenizer, inputs: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+def _padding(
+    encoder: nn.Module, tokenizer: BertTokenizer, inputs: Mapping[str, Tensor], plain: Tensor
+) -> list[tuple[str, str]]:
     ids = inputs["input_ids"]
     extra = min(8, encoder.config.max_position_embeddings - ids.shape[1])
     if extra < 1:
         return []
     padded = {name: F.pad(x, (0, extra)) for name, x in inputs.items()}
     padded["input_ids"][:, ids.shape[1] :] = tokenizer.pad_token_id
-    plain = encoder(**inputs).last_hidden_state
     masked = encoder(**padded).last_hidden_state[:, : ids.shape[1]]
     everything = {**padded, "attention_mask": torch.ones_like(padded["input_ids"])}
     careless = encoder(**everything).last_hidden_state[:, : ids.shape[1]]
@@ -74,8 +75,9 @@ def _states(seen: Trace) -> tuple[str, str]:
         f"It returns {len(seen.states)}: number 0 is the embeddings, before any layer.")  # fmt: skip
 
 
-def _sentence_vector(encoder: nn.Module, tokenizer: BertTokenizer, inputs: Mapping[str, Tensor]) -> tuple[str, str]:
-    states = [encoder(**x).last_hidden_state[0].float() for x in (inputs, tokenizer(UNRELATED, return_tensors="pt"))]
+def _sentence_vector(encoder: nn.Module, tokenizer: BertTokenizer, states: Tensor) -> tuple[str, str]:
+    other = encoder(**tokenizer(UNRELATED, return_tensors="pt")).last_hidden_state[0]
+    states = [x.float() for x in (states, other)]
     cls = F.cosine_similarity(states[0][0], states[1][0], 0).item()
     mean = F.cosine_similarity(states[0].mean(0), states[1].mean(0), 0).item()
     return "The state of [CLS] is a good sentence vector.", (

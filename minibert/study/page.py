@@ -286,10 +286,8 @@ def _payload(seen: Trace, facts: Facts) -> tuple[Facts, str]:
     maps = torch.stack([weights[0] for weights in seen.attentions])  # (layers, H, T, T)
     (layers, H, T, _), D = maps.shape, seen.sizes["D"]
     top = 0 if maps.numel() <= MAX_BYTES else TOP
-    parts = [_quantized(maps)]
-    if top:
-        kept = maps.float().topk(top, -1)
-        parts = [_quantized(kept.values), kept.indices.to(torch.int16).view(torch.uint8)]
+    kept = maps.float().topk(top, -1) if top else None
+    parts = [_quantized(kept.values), kept.indices.to(torch.int16).view(torch.uint8)] if kept else [_quantized(maps)]
     order = [*facts["masked"], *(i for i in range(T) if i not in facts["masked"])]
     tokens = sorted(order[: max(1, QK_BYTES // (2 * layers * D))])
     both = torch.stack([step.tensor[0, tokens].float() for step in seen.ending("self.query", "self.key")])

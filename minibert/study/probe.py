@@ -35,21 +35,20 @@ def lens(model: nn.Module, seen: Trace, k: int = 5, at: list[int] | None = None)
 
     at: the numbers of the tokens to look at, all if not given. Raises ValueError for a model without MLM head.
     """
-    heads = getattr(model, "cls", None)
-    if not hasattr(heads, "predictions"):
-        raise ValueError(f"model: {type(model).__name__} has no MLM head; BertForMaskedLM and BertForPreTraining have")
-    pooler = model.bert.pooler if hasattr(heads, "seq_relationship") else None
+    words = _words_head(model)
+    pooler = model.bert.pooler if hasattr(model.cls, "seq_relationship") else None
     result = []
     for layer, state in enumerate(seen.states):
-        top = heads.predictions(state if at is None else state[:, at]).float().softmax(-1).topk(k)
-        next_sentence = heads.seq_relationship(pooler(state)).float().softmax(-1) if pooler else None
+        top = words(state if at is None else state[:, at]).float().softmax(-1).topk(k)
+        next_sentence = model.cls.seq_relationship(pooler(state)).float().softmax(-1) if pooler else None
         result.append(Lens(layer, top.indices, top.values, next_sentence))
     return result
 
 
 def attribute(
-    model: nn.Module, inputs: Mapping[str, Any], at: int, method: str = "leave_one_out", target: int | None = None
-) -> Tensor:
+    model: nn.Module, inputs: Mapping[str, Any], at: int, method: str = "leave_one_out", target: int | None = None,
+    seen: Trace | None = None,
+) -> Tensor:  # fmt: skip
     """How much each token of one text mattered for the word at token `at`, (T,).
 
     leave_one_out: the log-probability lost when no other token may attend to this one. gradient_x_input: the gradient
@@ -59,6 +58,7 @@ def attribute(
     Args:
         at: the number of the token whose answer is asked about.
         target: the id of the word; default the likeliest.
+        seen: a trace of this very call, for the methods that look at attention; default: one is taken.
 
     Raises ValueError for another method, more than one text, a token that is not there, a model without MLM head.
     """
@@ -68,7 +68,8 @@ def attribute(
                          f"its tokens; got {method!r}, {tuple(ids.shape)} and {at}")  # fmt: skip
     T = ids.shape[1]
     if method in ("attention", "rollout"):
-        weights = [layer[0].float().mean(0) for layer in trace(model, inputs).attentions]  # (H, T, T) -> (T, T)
+        maps = (seen or trace(model, inputs)).attentions
+        weights = [layer[0].float().mean(0) for layer in maps]  # (H, T, T) -> (T, T)
         if method == "attention":
             return torch.stack(weights).mean(0)[at]
         rolled = torch.eye(T)
@@ -98,13 +99,17 @@ def leave_out(model: nn.Module, inputs: Mapping[str, Any], at: int, target: int,
     return torch.stack(lost)
 
 
-def log_probabilities(model: nn.Module, inputs: Mapping[str, Any], at: int | slice = slice(None)) -> Tensor:
-    """Of every word at one token of the first text, (V,), or at all of them, (T, V)."""
-    if not hasattr(getattr(model, "cls", None), "predictions"):
+def log_probabilities(model: nn.Module, inputs: Mapping[str, Any], at: int) -> Tensor:
+    """Of every word at one token of the first text, (V,); the head is not run on the others."""
+    words = _words_head(model)
+    return words(model.bert(**inputs).last_hidden_state[0, at]).float().log_softmax(-1)
+
+
+def _words_head(model: nn.Module) -> nn.Module:
+    heads = getattr(model, "cls", None)
+    if not hasattr(heads, "predictions"):
         raise ValueError(f"model: {type(model).__name__} has no MLM head; BertForMaskedLM and BertForPreTraining have")
-    output = model(**inputs)
-    logits = output.logits if "logits" in output else output.prediction_logits
-    return logits[0, at].float().log_softmax(-1)
+    return heads.predictions
 
 
 class zero_head:

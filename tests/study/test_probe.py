@@ -65,11 +65,18 @@ def test_attribution(model, inputs, method):
         torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("method", ["attention", "rollout"])
+def test_a_trace_that_is_there_need_not_be_taken_again(model, inputs, method, monkeypatch):
+    again, seen = study.attribute(model, inputs, at=4, method=method), study.trace(model, inputs)
+    monkeypatch.setattr(model, "forward", None)
+    assert torch.equal(study.attribute(model, inputs, at=4, method=method, target=0, seen=seen), again)
+
+
 def test_leave_one_out_is_a_mask(model, inputs):
     answer = bits(model, inputs)[0, 4].argmax().item()
     masked = {**inputs, "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1]])}
     lost = [bits(model, x)[0, 4].log_softmax(-1)[answer] for x in (inputs, masked)]
-    assert study.attribute(model, inputs, at=4)[2] == lost[0] - lost[1]
+    torch.testing.assert_close(study.attribute(model, inputs, at=4)[2], lost[0] - lost[1], atol=1e-4, rtol=0)
 
 
 def test_gradient_x_input_is_a_derivative(model, inputs):

@@ -60,6 +60,22 @@ def twin_of(model: torch.nn.Module, attention: str = "sdpa") -> torch.nn.Module:
     return twin.eval().to(model.dtype)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_the_twin_has_the_weights_and_draws_no_random_numbers(head):
+    model, before = make(head), torch.get_rng_state()
+    twin = study.twin(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    theirs = dict(twin.named_parameters(remove_duplicate=False))
+    assert theirs.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert torch.equal(theirs[name], parameter)
+        assert theirs[name].data_ptr() != parameter.data_ptr()
+    named = dict(twin.named_buffers())
+    plain = dict(getattr(transformers, head)(twin.config).named_buffers())
+    assert all(torch.equal(buffer, plain[name]) for name, buffer in named.items())
+    assert named.keys() == plain.keys()
+
+
 def hooks_of(model: torch.nn.Module) -> int:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
