@@ -1,8 +1,9 @@
 "use strict";
-// State lives in the URL's hash (#layer=0&head=2&token=4&key=1), so that a link shows what its sender saw.
+// State lives in the URL's hash (#layer=0&head=2&token=4&key=1&find=query), so that a link shows what its sender saw.
 const data = JSON.parse(document.getElementById("data").textContent);
 const { layers, heads, T, D, top: kept, tokens } = data, K = D / heads;
 const $ = (id) => document.getElementById(id);
+const last = { layer: layers - 1, head: 0, token: data.start[0], find: "" }; // what a hash does not say stays so
 const svgNode = (name, attributes = {}, text = "") => {
   const node = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
@@ -44,14 +45,14 @@ function state() {
     const value = parseInt(given.get(name), 10);
     return value >= 0 && value < limit ? value : otherwise;
   };
-  const layer = number("layer", layers, layers - 1), head = number("head", heads, 0), token = number("token", T, data.start[0]);
-  const row = weights(layer, head, token);
-  return { layer, head, token, key: number("key", T, row.indexOf(Math.max(...row))) };
+  const layer = number("layer", layers, last.layer), head = number("head", heads, last.head), token = number("token", T, last.token);
+  const row = weights(layer, head, token); // the largest weight is shown unless another is asked for
+  return { layer, head, token, key: number("key", T, row.indexOf(Math.max(...row))), find: given.get("find") ?? last.find };
 }
 
 function go(change) {
-  const next = { ...state(), ...change };
-  if (!("key" in change)) delete next.key; // the largest weight of the new row
+  const next = { ...last, ...change };
+  if (!("key" in change)) delete next.key;
   location.hash = new URLSearchParams(next).toString();
 }
 
@@ -133,10 +134,7 @@ function lines({ layer, head, token }) {
 
 function pair({ layer, head, token, key }) {
   const query = vector(0, layer, head, token), other = vector(1, layer, head, key);
-  if (!query || !other) {
-    $("pair").textContent = `Query and key are kept for ${data.qk.length} of ${T} tokens, to keep this file small; minibert study --save has them all.`;
-    return;
-  }
+  if (!query || !other) return $("pair").replaceChildren(`Query and key are kept for ${data.qk.length} of ${T} tokens, to keep this file small; minibert study --save has them all.`);
   const terms = query.map((q, i) => q * other[i] / Math.sqrt(K)), most = Math.max(...terms.map(Math.abs), 1e-9);
   const step = Math.max(3, Math.min(9, 460 / K)), svg = svgNode("svg", { width: 10 + K * step, height: 220, xmlns: "http://www.w3.org/2000/svg" });
   terms.forEach((term, i) => {
@@ -150,10 +148,7 @@ function pair({ layer, head, token, key }) {
 
 function course({ token }) {
   const lens = data.lens, i = lens ? lens.at.indexOf(token) : -1;
-  if (i < 0) {
-    $("course").textContent = lens ? "The lens was not put on this token." : "";
-    return;
-  }
+  if (i < 0) return $("course").replaceChildren(lens ? "The lens was not put on this token." : "");
   const svg = svgNode("svg", { width: 640, height: 190, xmlns: "http://www.w3.org/2000/svg" }), gap = 600 / (layers + 1);
   const most = Math.max(...lens.chances.map((layer) => layer[i][0]));
   lens.words.forEach((words, layer) => {
@@ -166,9 +161,12 @@ function course({ token }) {
   show("course", svg, `Token ${token}, “${tokens[token]}”: the likeliest word after each layer and its probability; green where it is the final one.`);
 }
 
+const filter = () => document.querySelectorAll(".names tbody tr").forEach((row) => { row.hidden = !row.textContent.toLowerCase().includes($("find").value.toLowerCase()); });
+
 function draw() {
-  const now = state(), cell = $("grid").querySelector("i"), image = $("grid").querySelector("img");
+  const now = Object.assign(last, state()), cell = $("grid").querySelector("i"), image = $("grid").querySelector("img");
   for (const [name, value] of Object.entries(now)) $(name).value = value;
+  filter();
   Object.assign(cell.style, { display: "block", width: `${100 / heads}%`, height: `${100 / layers}%`, left: `${100 * now.head / heads}%`, top: `${100 * now.layer / layers}%` });
   document.querySelectorAll(".chip").forEach((chip, i) => chip.classList.toggle("on", i === now.token));
   image.onclick = (event) => go({ head: Math.floor(event.offsetX / image.clientWidth * heads), layer: Math.floor(event.offsetY / image.clientHeight * layers) });
@@ -186,10 +184,11 @@ function selftest() {
 async function start() {
   document.documentElement.classList.add("script");
   const count = (size) => Array.from({ length: size }, (_, i) => i + 1), names = tokens.map((name, i) => `${i} ${name}`);
-  for (const [id, values] of Object.entries({ layer: count(layers), head: count(heads), token: names, key: names }))
+  for (const [id, values] of Object.entries({ layer: count(layers), head: count(heads), token: names, key: names })) {
     $(id).append(...values.map((name, i) => new Option(name, i)));
-  for (const id of ["layer", "head", "token", "key"]) $(id).onchange = () => go({ [id]: $(id).value });
-  $("find").oninput = () => document.querySelectorAll(".names tbody tr").forEach((row) => { row.hidden = !row.textContent.toLowerCase().includes($("find").value.toLowerCase()); });
+    $(id).onchange = () => go({ [id]: $(id).value });
+  }
+  Object.assign($("find"), { oninput: filter, onchange: () => go({ find: $("find").value, key: last.key }) });
   document.querySelectorAll(".chip").forEach((chip, i) => { chip.onclick = (event) => { event.preventDefault(); go({ token: i }); }; });
   await unpack();
   draw();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -45,10 +46,12 @@ def pages(tmp_path_factory) -> dict[int, Path]:
     patch = pytest.MonkeyPatch()
     patch.setattr("minibert.study.examine.BUDGET", 2e9)
     for length in LENGTHS:
-        words = ["[MASK]", "<script>", "document.title", "=", "1", "</script>", "the", "door"]
-        text = " ".join(words[i % 8] for i in range(length))
-        while len(tokenizer(text)["input_ids"]) > length:
-            text = text.rpartition(" ")[0]
+        words = itertools.cycle(["[MASK]", "the", "door", "<script>", "document.title", "=", "1", "</script>"])
+        text = ""
+        while (size := len(tokenizer(text)["input_ids"])) < length:
+            longer = f"{text} {next(words)}"
+            text = longer if len(tokenizer(longer)["input_ids"]) <= length else text
+        assert size == length
         seen, facts = examine(model, tokenizer, text, compare="a [MASK]", reference=False)
         found[length] = tmp_path_factory.mktemp("page") / f"study-{length}.html"
         found[length].write_text(render(seen, facts), encoding="utf-8")
@@ -111,6 +114,57 @@ def test_state_is_in_the_hash(pages, tmp_path):
     wrong, _, _ = browse(pages[5], tmp_path / "other", "#layer=99&head=-1&token=x")
     assert selftest(wrong)["layer"] == 5
     assert selftest(wrong)["head"] == 0
+
+
+USER = """<script>
+const wait = () => new Promise((done) => setTimeout(done, 50)), did = [];
+const choose = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("change")); };
+const click = (node, x = 0.5, y = 0.5) => {
+  const box = node.getBoundingClientRect();
+  const at = { clientX: box.left + x * box.width, clientY: box.top + y * box.height };
+  node.dispatchEvent(new MouseEvent("click", { bubbles: true, cancelable: true, ...at }));
+};
+const find = (selector) => document.querySelector(selector), side = 5 * 26 + 96;  // of the matrix of 5 tokens
+const actions = [
+  () => choose("layer", 2), () => choose("head", 5), () => choose("token", 1), () => choose("key", 3),
+  () => click(document.querySelectorAll(".chip")[2]),
+  () => click(find("#grid img"), 3.5 / 12, 1.5 / 6),
+  () => click(find("#matrix svg"), (92 + 1.5 * 26) / side, (92 + 4.5 * 26) / side),
+  () => click(find("#lines svg"), 0.2, 0.1), () => click(find("#lines svg"), 0.8, 0.6),
+  () => { location.hash = "walk"; }, () => choose("layer", 4),
+  () => find("#attention td a").click(),
+  () => choose("find", "QUERY"),
+];
+(async () => {
+  while (!$("selftest").value) await wait();
+  for (const act of actions) { act(); await wait(); did.push({ hash: location.hash, ...last }); }
+  document.body.append(Object.assign(document.createElement("output"), { id: "did", value: JSON.stringify(did) }));
+})();
+</script>"""
+
+
+def test_every_control_works_and_is_in_the_hash(pages, tmp_path):
+    """A user's clicks and choices, by a script of ours beside the page's own; what is not chosen anew stays."""
+    text = pages[5].read_text(encoding="utf-8")
+    text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text).replace("</html>", f"{USER}</html>")
+    page = tmp_path / "used.html"
+    page.write_text(text, encoding="utf-8")
+    dom, said, _ = browse(page, tmp_path)
+    assert "Uncaught" not in said
+    did = json.loads(unescape(re.search(r'<output id="did">(.*?)</output>', dom, re.DOTALL)[1]))
+    expected = [
+        {"layer": 2}, {"head": 5}, {"token": 1}, {"key": 3}, {"token": 2}, {"layer": 1, "head": 3},
+        {"token": 4, "key": 1}, {"token": 0}, {"key": 3}, {}, {"layer": 4}, {"layer": 0, "head": 0}, {"find": "QUERY"},
+    ]  # fmt: skip
+    now = {"layer": 5, "head": 0, "token": did[0]["token"], "find": ""}
+    for change, after in zip(expected, did, strict=True):
+        now |= {name: value for name, value in change.items() if name != "key"}  # a key is that of one token alone
+        assert {**after, **now, **change} == after
+        assert after["hash"] == "#walk" if not change else all(f"{k}={v}" in after["hash"] for k, v in change.items())
+    rows = re.findall(r"<tr([^>]*)>(.*?)</tr>", dom[dom.index('<section id="names">') :], re.DOTALL)
+    shown = [row for hidden, row in rows if "hidden" not in hidden and "<td" in row and ".layer." in row]
+    assert shown
+    assert all("query" in row for row in shown)
 
 
 def test_policy_forbids_the_network(pages, tmp_path):

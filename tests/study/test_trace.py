@@ -38,7 +38,7 @@ def make(head: str, **changes) -> torch.nn.Module:
     return model
 
 
-def batch(head: str, mask: str = "none") -> dict[str, torch.Tensor]:
+def batch(head: str, mask: str = "none", B: int = B, T: int = T) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     leading = (B, 2) if head == "BertForMultipleChoice" else (B,)
     inputs = {"input_ids": torch.randint(1, 60, (*leading, T)), "token_type_ids": torch.randint(0, 2, (*leading, T))}
@@ -89,17 +89,26 @@ def outputs_equal(a, b) -> bool:
 @pytest.mark.parametrize(
     ("mask", "dtype"),
     [*((mask, torch.float32) for mask in ("none", "ones", "right", "holes", "row")),
-     ("right", torch.float64), ("holes", torch.bfloat16)],
+     ("right", torch.float64), ("holes", torch.bfloat16), ("right", torch.float16)],
 )  # fmt: skip
 @pytest.mark.parametrize("head", HEADS)
 def test_output_is_that_of_a_call_without_a_trace(head, mask, dtype):
-    model, inputs = make(head).to(dtype), batch(head, mask)
+    trace_changes_nothing(make(head).to(dtype), batch(head, mask))
+
+
+def trace_changes_nothing(model, inputs):
     with torch.no_grad():
         plain = model(**inputs)
     trace = study.trace(model, inputs)
     assert outputs_equal(plain, trace.output)
     assert hooks_of(model) == 0
     assert all(torch.isfinite(step.tensor).all() or step.name.endswith("scores") for step in trace)
+
+
+@pytest.mark.parametrize(("rows", "tokens", "mask"), [(1, 1, "none"), (1, 16, "right"), (16, 5, "holes")])
+@pytest.mark.parametrize("head", HEADS)
+def test_output_of_other_batches(head, rows, tokens, mask):
+    trace_changes_nothing(make(head), batch(head, mask, rows, tokens))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
