@@ -123,11 +123,15 @@ def load(file: str) -> dict[str, Any]:
     """Read a certificate. Raises OSError, or ValueError if it is none or of a version that is not known."""
     try:
         found = json.loads(Path(file).read_text("utf-8"))
-        version = found["predicate"]["measurements"]["schema_version"]
+        measured = found["predicate"]["measurements"]
+        version = measured["schema_version"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} is no parity certificate: {error!r}") from None
     if version != SCHEMA_VERSION:
         raise ValueError(f"{file} has schema_version {version}, this minibert reads {SCHEMA_VERSION}")
+    needed = ("command", "outputs", *SUBJECTS, *FACTS)
+    if absent := [name for name in needed if not isinstance(measured.get(name), dict)]:
+        raise ValueError(f"{file} is no parity certificate: it has no {', '.join(absent)}")
     return found
 
 

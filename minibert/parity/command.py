@@ -193,11 +193,12 @@ def _certify(arguments: Arguments) -> int:
 
 def _write(directory: Path, certificate: dict[str, Any]) -> None:
     from minibert.parity.report import to_html, to_markdown
+    from minibert.weights import files
 
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(certificate, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, content in (("json", text), ("md", to_markdown(certificate)), ("html", to_html(certificate))):
-        (directory / f"certificate.{name}").write_text(content, encoding="utf-8")
+        files.write(directory / f"certificate.{name}", content)
 
 
 def _verify(arguments: Arguments) -> int:

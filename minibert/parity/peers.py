@@ -127,8 +127,11 @@ def save(file: str, side: Side, cases: list[Case], facts: dict[str, str]) -> Non
     """Inputs and results of every case as `golden` reads them, with `facts` as the file's metadata."""
     from safetensors.torch import save_file
 
+    from minibert.weights import files
+
     tensors = {}
     for number, case in enumerate(cases):
         parts = {**case.inputs, **side.outputs(case)}
         tensors |= {f"{number}.{name}": x.contiguous().clone() for name, x in parts.items()}
-    save_file(tensors, file, {"format": "pt", **facts})
+    with files.replacing(file) as partial:
+        save_file(tensors, partial, {"format": "pt", **facts})

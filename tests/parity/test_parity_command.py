@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 
@@ -83,6 +84,74 @@ def test_certificate_is_valid_and_says_what_was_done(written, checkpoint):
     names = [subject["name"].partition("/")[2] for subject in found["subject"]]
     assert names == ["weights", "config.json", "vocab.txt"]
     assert str(checkpoint) in predicate["measurements"]["command"]["line"]
+
+
+DELETED = object()
+
+
+@pytest.mark.parametrize(
+    ("where", "spoilt"),
+    [
+        ("_type", "https://in-toto.io/Statement/v0.1"),
+        ("subject", []),
+        ("subject/0/digest/sha256", "abc"),
+        ("predicate", DELETED),
+        ("predicate/result", "OK"),
+        ("predicate/failedTests", ["that it PASSED in spite of"]),
+        ("predicate/passedTests/0", 1),
+        ("predicate/measurements/schema_version", 2),
+        ("predicate/measurements/outputs", DELETED),
+        ("predicate/measurements/command/path", DELETED),
+        ("predicate/measurements/threads", {}),
+        ("predicate/measurements/weights/bert.pooler.dense.bias", "A" * 64),
+        ("predicate/measurements/comparisons/0/level", "same"),
+        ("predicate/measurements/comparisons/0/passed", "yes"),
+        ("predicate/measurements/comparisons/0/verdict", "fine"),
+        ("predicate/measurements/comparisons/0/first", {}),
+        ("predicate/measurements/comparisons/0/outputs/prediction_logits/max", "0"),
+        ("predicate/measurements/comparisons/0/steps/5/local", DELETED),
+        ("predicate/measurements/comparisons/0/steps/5/bits", None),
+        ("predicate/measurements/comparisons/0/answers/prediction_logits/same", 0.5),
+        ("predicate/measurements/comparisons/0/checks/train/passed", DELETED),
+    ],
+)
+def test_a_spoilt_certificate_is_not_valid(written, where, spoilt):
+    found = json.loads((written / "certificate.json").read_text())
+    *path, last = (int(name) if name.isdigit() else name for name in where.split("/"))
+    parent = found
+    for name in path:
+        parent = parent[name]
+    assert last in parent or isinstance(parent, list)
+    if spoilt is DELETED:
+        del parent[last]
+    else:
+        parent[last] = spoilt
+    with pytest.raises(jsonschema.ValidationError) as error:
+        jsonschema.validate(found, certificate.schema())
+    at = [str(each) for each in error.value.absolute_path]
+    assert at == where.split("/")[: len(at)]
+
+
+def test_what_a_later_version_may_add_is_valid(written):
+    found = json.loads((written / "certificate.json").read_text())
+    found["predicate"]["measurements"]["comparisons"][0]["steps"][0]["cosine"] = 1.0
+    found["signature"] = found["predicate"]["measurements"]["weather"] = "fine"
+    jsonschema.validate(found, certificate.schema())
+
+
+def test_a_full_disk_leaves_what_was_there(checkpoint, texts, tmp_path, monkeypatch, capsys):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    golden, written = tmp_path / "golden.safetensors", tmp_path / "certificate.json"
+    options = ["parity", str(checkpoint), "--path", "plain", "--texts", str(texts), "--checks"]
+    monkeypatch.setattr("minibert.weights.files.sync", full)
+    for file, more in ((golden, ["--save", str(golden)]), (written, ["-o", str(tmp_path)])):
+        file.write_text("as it was")
+        assert main([*options, *more]) == 2
+        assert str(file) in capsys.readouterr().err
+        assert file.read_text() == "as it was"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [written.name, golden.name]
 
 
 def _transformers():
@@ -202,7 +271,8 @@ def test_trouble_is_status_2(checkpoint, options, said, capsys):
 
 def test_what_is_no_certificate_is_trouble(tmp_path, capsys):
     file = tmp_path / "certificate.json"
-    for content in ("{", "[]", "{}", '{"predicate": {"measurements": {"schema_version": 99}}}'):
+    measured = '{"predicate": {"measurements": {"schema_version": %d}}}'
+    for content in ("{", "[]", "{}", measured % 99, measured % 1):
         file.write_text(content)
         assert main(["parity", "--verify", str(file)]) == 2
         assert str(file) in capsys.readouterr().err
