@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/minibert demo
 
+# A process for each core, up to four; what a file prepares once is prepared in one of them
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/.installed-test
 	$(BIN)/python -m pytest -m slow
