@@ -18,7 +18,7 @@ from minibert.embedding.options import Options
 from minibert.embedding.texts import Text, checked
 from minibert.embedding.tokens import prompt_tokens, tokenize
 from minibert.fast import optimize
-from minibert.fast.optimized import OptimizedModel
+from minibert.fast.optimized import ChangedError, OptimizedModel
 from minibert.model import BertModel
 from minibert.pipelines import batches
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
@@ -244,12 +244,11 @@ class Encoder:
 
     # Computing
 
-    def _keep_current(self) -> None:
-        """Optimize anew a model that was trained, cast or adapted after it was optimized."""
-        if isinstance(self.model, OptimizedModel) and not self.model.is_current():
-            plan, plain = self.model.plan.dtype, self.plain
-            less_exact = plain.dtype == torch.float32 and plan in ("int8", "bfloat16")
-            self.model = fast_or_plain(plain, plan if less_exact else None)
+    def _optimize_again(self, model: OptimizedModel) -> None:
+        """For a model that was trained, cast or adapted after it was optimized."""
+        plan, plain = model.plan.dtype, model.model
+        less_exact = plain.dtype == torch.float32 and plan in ("int8", "bfloat16")
+        self.model = fast_or_plain(plain, plan if less_exact else None)
 
     def preprocess(self, inputs: Sequence[Text], prompt: str | None = None) -> BatchEncoding:
         """What the model reads of texts: `input_ids`, `token_type_ids` and `attention_mask`, (n, T) tensors on the CPU.
@@ -271,26 +270,46 @@ class Encoder:
 
         For other outputs than vectors, a list: see `encode`.
         """
-        self._keep_current()
+        try:
+            return self._embed(texts, options)
+        except ChangedError:
+            self._optimize_again(self.model)
+            return self._embed(texts, options)  # all of them: no call's vectors are of two models
+
+    def _embed(self, texts: Sequence[Text], options: Options) -> tuple[Any, int]:
         tokens = tokenize(self.tokenizer, texts, options.prompt, self.max_seq_length)
         prompt_length = prompt_tokens(self.tokenizer, options.prompt) if options.prompt else 0
         size = TOKENS_PER_BATCH["cpu" if self.device.type == "cpu" else "gpu"]
-        found = torch.empty(len(texts), self.width(options.truncate_dim), device=self.device, dtype=self.model.dtype)
         items: list[Any] = [None] * len(texts)
+        found: list[Tensor] = []
+        order: list[int] = []
         whole = options.output != "sentence_embedding"
         for picked in batches([len(row) for row in tokens.ids], size, options.batch_size):
             ids, types = [tokens.ids[i] for i in picked], [tokens.types[i] for i in picked]
             states, mask = self._states(ids, types, whole)
-            vectors = self.after(self.pooling(states, mask, prompt_length))[:, : options.truncate_dim]
+            vectors = self.after(self.pooling(states, mask, prompt_length))
+            if options.truncate_dim is not None:
+                vectors = vectors[:, : options.truncate_dim]
             if not whole:
-                found[picked] = F.normalize(vectors, dim=-1) if options.normalize else vectors
+                found.append(F.normalize(vectors, dim=-1) if options.normalize else vectors)
+                order.extend(picked)
                 continue
             for i, row, kinds, state, vector in zip(picked, ids, types, states, vectors, strict=True):
                 state = state[: len(row)].clone()  # (T, D) without padding, and without holding the batch
                 items[i] = state
                 if options.output is None:
                     items[i] = self._everything(row, kinds, state, vector.clone(), prompt_length)
-        return (items if whole else found), tokens.cut
+        return (items if whole else self._in_order(found, order, options)), tokens.cut
+
+    def _in_order(self, found: list[Tensor], order: list[int], options: Options) -> Tensor:
+        """Vectors of batches as one tensor, (n, D), the texts' own order restored."""
+        if len(order) == 1:
+            return found[0]
+        together = torch.empty(len(order), self.width(options.truncate_dim), device=self.device, dtype=self.dtype)
+        if order:
+            together[torch.tensor(order, device=self.device)] = torch.cat(found)
+        return together
+
 
     def _everything(
         self, ids: list[int], types: list[int], state: Tensor, vector: Tensor, prompt_length: int
@@ -306,8 +325,11 @@ class Encoder:
             "sentence_embedding": vector,
         }
 
-    def _states(self, ids: list[list[int]], types: list[list[int]], whole: bool) -> tuple[Tensor, Tensor]:
-        """The last hidden states (B, T, D) and the mask (B, T); T is 1 where only the first token is wanted."""
+    def _states(self, ids: list[list[int]], types: list[list[int]], whole: bool) -> tuple[Tensor, Tensor | None]:
+        """The last hidden states (B, T, D) and the mask (B, T), None where nothing is padding.
+
+        T is 1 where only the first token is wanted.
+        """
         kinds = types if any(map(any, types)) else None
         if not isinstance(self.model, OptimizedModel):
             rows = {"input_ids": ids, **({} if kinds is None else {"token_type_ids": kinds})}
@@ -317,8 +339,11 @@ class Encoder:
         first_only = self.pooling.first_token_only and not whole
         states, lengths = self.model.encode_rows(ids, kinds, first_only)
         if first_only:
-            return states[:, None], torch.ones(len(ids), 1, dtype=torch.long, device=self.device)  # (B, D) -> (B, 1, D)
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T)
+            return states[:, None], None  # (B, D) -> (B, 1, D)
+        B, T = len(lengths), max(lengths)
+        if len(states) == B * T:  # no padding
+            return states.view(B, T, -1), None
+        mask = torch.arange(T) < torch.tensor(lengths)[:, None]  # (B, T)
         padded = torch.nn.utils.rnn.pad_sequence(states.split(lengths), batch_first=True)  # (N, D) -> (B, T, D)
         return padded, mask.long().to(self.device)
 

@@ -348,22 +348,29 @@ class SentenceEncoder(Encoder):
             texts = [checked(text, f"texts[{number}]") for number, text in enumerate(texts)]
         if isinstance(texts, Sized):
             total = len(texts)
-        disable = None if show is None else not show
+        # A bar of a single chunk would not move before it is done, and to set it up takes a part of a short text's time
+        disable = not show if show is not None or (total is not None and total <= size) else None
         settings: dict[str, Any] = {"delay": 0 if show else 3, "disable": disable, "leave": bool(show)}
-        with where as pool, tqdm(total=total, desc="embed", unit="text", **settings) as bar:
+        bar = None if disable else tqdm(total=total, desc="embed", unit="text", **settings)
+        with where as pool, nullcontext() if bar is None else bar:
             parts = chunks(texts, size)
             found = (self.embed(part, options) for part in parts) if pool is None else pool.embed(parts, options)
             for result, _ in found:
                 yield result
-                bar.update(len(result))
+                if bar is not None:
+                    bar.update(len(result))
 
     def _joined(self, parts: list[Any], options: Options, asked: str, precision: str) -> Any:
         """All results together, in the form that was asked for."""
         if options.output != "sentence_embedding":
             return [item for part in parts for item in part]
-        none = torch.empty(0, self.width(options.truncate_dim), device=self.device, dtype=self.dtype)
-        together = torch.cat([part.to(parts[0].device) for part in parts]) if parts else none
-        return in_form(together, asked, precision, none)
+        if len(parts) == 1:
+            together = parts[0]
+        elif parts:
+            together = torch.cat([part.to(parts[0].device) for part in parts])
+        else:
+            together = torch.empty(0, self.width(options.truncate_dim), device=self.device, dtype=self.dtype)
+        return in_form(together, asked, precision, self.device, self.dtype)
 
     # Comparing
 

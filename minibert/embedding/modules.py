@@ -90,12 +90,17 @@ class Pooling(nn.Module):
         """Whether nothing but the first token's state is looked at."""
         return self.modes == ("cls",) and self.include_prompt
 
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor, prompt_length: int = 0) -> Tensor:
-        """mask: 1 for tokens, 0 for padding, which must be on the right. prompt_length counts [CLS]."""
-        if prompt_length and not self.include_prompt:
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor | None, prompt_length: int = 0) -> Tensor:
+        """mask: 1 for tokens, 0 for padding, which is on the right; None: no padding. prompt_length counts [CLS]."""
+        leaves_prompt = prompt_length > 0 and not self.include_prompt
+        exact = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))  # sums in half precision would drift
+        if mask_BT is None and not leaves_prompt and self.modes == ("mean",):  # the same bits as below, in two steps
+            return (exact.sum(1) / exact.shape[1]).to(x_BTD.dtype)
+        if mask_BT is None:
+            mask_BT = torch.ones(x_BTD.shape[:2], dtype=torch.long, device=x_BTD.device)
+        if leaves_prompt:
             mask_BT = mask_BT.clone()
             mask_BT[:, :prompt_length] = 0
-        exact = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))  # sums in half precision would drift
         return torch.cat([MODES[mode](exact, mask_BT) for mode in self.modes], -1).to(x_BTD.dtype)
 
     def extra_repr(self) -> str:

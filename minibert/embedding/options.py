@@ -129,14 +129,14 @@ def form(convert_to: str | None, convert_to_numpy: bool, convert_to_tensor: bool
     return convert_to
 
 
-def in_form(vectors: Tensor, form: str, precision: str, like: Tensor) -> Any:
-    """Vectors (n, D), all there are, in the form and the precision that were asked for; tensors where `like` is."""
+def in_form(vectors: Tensor, form: str, precision: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Vectors (n, D), all there are, in the form and the precision that were asked for; tensors on that device."""
     if precision != "float32":
         numbers = torch.from_numpy(quantize(vectors.float().cpu().numpy(), precision))
-        return numbers.numpy() if form == "numpy" else _listed(numbers.to(like.device), form)
+        return numbers.numpy() if form == "numpy" else _listed(numbers.to(device), form)
     if form == "numpy":
         return as_array(vectors)
-    return _listed(vectors.to(like.device, like.dtype), form)
+    return _listed(vectors.to(device, dtype), form)
 
 
 def as_array(vectors: Tensor) -> np.ndarray:

@@ -7,7 +7,8 @@ its own would be passed over without a word. So what is not known exactly is ref
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import attrgetter, is_
+from itertools import repeat
+from operator import attrgetter, contains, is_
 from typing import Any
 
 import numpy as np
@@ -158,19 +159,22 @@ def _module_faults(module: nn.Module) -> Iterator[str]:
 
 
 class Held:
-    """What a model held when it was optimized: `change` tells whether it still does, in some microseconds."""
+    """What a model held when it was optimized: `change` tells whether it still does.
+
+    It is asked before every call, when a short text's whole pass takes some milliseconds and has swept the caches: so
+    it reads what lies in dicts and tensors directly, in loops that are not Python's.
+    """
 
     def __init__(self, plain: nn.Module):
         modules = list(plain.modules())
         self.modules, self.kinds, self.seam = modules, list(map(type, modules)), model.attention
         self.classes = {kind: kind.forward for kind in {type(m) for m in modules} if kind is not nn.ModuleList}
         self.attributes = [vars(module) for module in modules]
-        self.settings = [(vars(module), name) for module in modules for name in SETTINGS.get(type(module), ())]
+        self.settings = _Entries([(vars(m), name) for m in modules for name in SETTINGS.get(type(m), ())])
         self.hooks = [getattr(module, name) for module in modules for name in _HOOKS] + _GLOBAL_HOOKS
         self.tables = [table for module in modules for table in (module._modules, module._parameters)]
-        self.items = [(table, name) for table in self.tables for name in table]
-        self.things = self._now()
-        self.count = len(self.items)
+        self.items = _Entries([(table, name) for table in self.tables for name in table])
+        self.things = self.items.values()
         self.tensors = [thing for thing in self.things if isinstance(thing, Tensor)]
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]  # those keep no count
         self.state = self._state()
@@ -178,11 +182,8 @@ class Held:
         self.samples = [sample for tensor in self.tensors if (sample := _sample(tensor)) is not None]
         self.sampled = self._numbers()
 
-    def _numbers(self) -> np.ndarray:
-        return np.concatenate(self.samples) if self.samples else np.empty(0)
-
-    def _now(self) -> list[Any]:
-        return [table.get(name) for table, name in self.items]
+    def _numbers(self) -> bytes:
+        return np.concatenate(self.samples).tobytes() if self.samples else b""
 
     def _state(self) -> tuple[list, ...]:
         tensors = self.tensors
@@ -190,26 +191,37 @@ class Held:
             list(map(attrgetter("_version"), self.counted)),
             list(map(attrgetter("dtype"), tensors)),
             list(map(Tensor.data_ptr, tensors)),
-            [table.get(name) for table, name in self.settings],
+            self.settings.values(),
         )
 
     def change(self) -> str:
         """What has changed, or "". Of edits through `.data`, in place, those are seen that change most of a tensor."""
-        if not all(map(is_, self._now(), self.things)) or sum(map(len, self.tables)) != self.count:
+        if sum(map(len, self.tables)) != len(self.things) or not all(map(is_, self.items.values(), self.things)):
             return "a parameter or module was replaced"
         if self._state() != self.state:
             return "parameters were changed"
-        if not torch.compiler.is_compiling() and not np.array_equal(self._numbers(), self.sampled):
+        if not torch.compiler.is_compiling() and self._numbers() != self.sampled:
             return "parameters were changed"
-        if list(map(type, self.modules)) != self.kinds or model.attention is not self.seam:
+        if not all(map(is_, map(type, self.modules), self.kinds)) or model.attention is not self.seam:
             return "a class was replaced"
         if any(self.hooks):
             return "a hook was registered"
-        if any("forward" in names for names in self.attributes):
+        if any(map(contains, self.attributes, repeat("forward"))):
             return "a forward was replaced"
         if any(kind.forward is not forward for kind, forward in self.classes.items()):
             return "a class's forward was replaced"
         return ""
+
+
+class _Entries:
+    """Entries of dicts, read at once."""
+
+    def __init__(self, entries: list[tuple[dict[str, Any], str]]):
+        self.tables, self.names = [table for table, _ in entries], [name for _, name in entries]
+
+    def values(self) -> list[Any]:
+        """What each holds now, None where it is gone."""
+        return list(map(dict.get, self.tables, self.names))
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

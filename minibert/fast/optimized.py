@@ -35,6 +35,10 @@ LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 
+class ChangedError(RuntimeError):
+    """The plain model is not what it was when it was optimized."""
+
+
 class Engine(Protocol):
     """What computes, on one kind of device. Batches are planned on the host and hold no padding."""
 
@@ -90,7 +94,7 @@ class OptimizedModel(nn.Module):
         With start_positions or end_positions, with labels at padding, and for the logits of answers, padding is
         computed as the plain model does. See the class for `positions` and lists of ids.
 
-        Raises RuntimeError if the plain model was changed after `optimize`.
+        Raises ChangedError, a RuntimeError, if the plain model was changed after `optimize`.
         """
         self.check_unchanged()
         given = self._signature.bind_partial(input_ids, *args, **kwargs).arguments
@@ -110,11 +114,11 @@ class OptimizedModel(nn.Module):
         """Lists of ids, one a text, to last hidden states (N, D) one text after another, and the texts' lengths.
 
         No padding is made. segments: a list as long for each text. first_only: states of the first tokens, (B, D).
-        Raises ValueError as `forward`.
+        Raises ValueError and ChangedError as `forward`.
         """
         self.check_unchanged()
         batch = pack_rows(rows, segments)
-        self._check_ids(batch)
+        self._check_ids(batch, segments is not None)
         if first_only:
             batch = replace(batch, picked=_first_tokens(batch.packing))
         with torch.no_grad(), _without_autocast(self.device):
@@ -122,10 +126,10 @@ class OptimizedModel(nn.Module):
         return last.to(self.dtype), batch.packing.lengths
 
     def check_unchanged(self) -> None:
-        """Raises RuntimeError if the plain model is not what it was: its weights are held here in another layout."""
+        """Raises ChangedError if the plain model is not what it was: its weights are held here in another layout."""
         change = self._held.change()
         if change:
-            raise RuntimeError(f"{change} after optimize: optimize it again")
+            raise ChangedError(f"{change} after optimize: optimize it again")
 
     def is_current(self) -> bool:
         """Whether the plain model is what it was."""
@@ -264,14 +268,15 @@ class OptimizedModel(nn.Module):
         labels = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in labels.items()}
         return output if isinstance(self.model, BertModel) else self.model.outputs(output, **labels)
 
-    def _check_ids(self, batch: Batch) -> None:
+    def _check_ids(self, batch: Batch, with_segments: bool) -> None:
         T = batch.packing.shape[1]
         if T > self.config.max_position_embeddings:
             raise ValueError(f"rows: one of {T} tokens, max_position_embeddings allows "
                              f"{self.config.max_position_embeddings}")  # fmt: skip
         N = batch.ids_3N.shape[1]
         check_ids("rows", batch.ids_3N[0], [(N,)], self.config.vocab_size)
-        check_ids("segments", batch.ids_3N[1], [(N,)], self.config.type_vocab_size)
+        if with_segments:
+            check_ids("segments", batch.ids_3N[1], [(N,)], self.config.type_vocab_size)
 
 
 def _holds_no_values(x: Tensor) -> bool:

@@ -129,20 +129,15 @@ def pack_rows(rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] |
     words = _flat("rows", rows)
     lengths = list(map(len, rows))
     T, N = max(lengths), sum(lengths)
-    ids_3N = torch.zeros(3, N, dtype=torch.long)
-    ids_3N[0] = words
-    if segments is not None:
-        kinds = _flat("segments", segments)
-        if list(map(len, segments)) != lengths:
-            raise ValueError("segments must be as long as rows, one number a token")
-        ids_3N[1] = kinds
+    kinds = torch.zeros_like(words) if segments is None else _flat("segments", segments)
+    if segments is not None and list(map(len, segments)) != lengths:
+        raise ValueError("segments must be as long as rows, one number a token")
     if len(rows) == 1:
-        ids_3N[2] = torch.arange(N)
-        return Batch(Packing((1, T), None, lengths, {}), ids_3N)
+        return Batch(Packing((1, T), None, lengths, {}), torch.stack((words, kinds, torch.arange(N))))
     sizes = torch.tensor(lengths)
     keep = torch.arange(T)[None] < sizes[:, None]  # (B, T)
     index = keep.flatten().nonzero().squeeze(1)
-    ids_3N[2] = index % T
+    ids_3N = torch.stack((words, kinds, index % T))
     return Batch(Packing((len(rows), T), None if N == T * len(rows) else index, lengths, {}), ids_3N)
 
 

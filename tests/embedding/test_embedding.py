@@ -209,6 +209,17 @@ def test_what_is_not_supported_is_refused_by_name(modules, files, message, tiny_
         SentenceEncoder.from_pretrained(repository(tiny_dir, tmp_path, modules, **files))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 7, 12, 100])
+def test_no_mask_is_a_mask_of_ones_to_the_bit(length, dtype):
+    states, ones = torch.randn(3, length, 384, dtype=dtype), torch.ones(3, length, dtype=torch.long)
+    for mode in MODES:
+        for include_prompt in (True, False):
+            pooling = Pooling(mode, include_prompt)
+            prompt = 0 if length == 1 else 1
+            assert torch.equal(pooling(states, None, prompt), pooling(states, ones, prompt))
+
+
 def test_half_precision_pooling_sums_exactly():
     states = torch.full((1, 4096, 2), 1.001, dtype=torch.bfloat16)
     pooled = Pooling("mean")(states, torch.ones(1, 4096))
