@@ -69,7 +69,7 @@ def main() -> None:
     for name in ("steps", "save-every", "accumulate", "rows"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--dropout", type=float, default=0.1)
-    for name in ("packed", "fsdp", "gradient-checkpointing"):
+    for name in ("packed", "fsdp", "gradient-checkpointing", "double"):
         parser.add_argument(f"--{name}", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def main() -> None:
     settings = Settings(**{"warmup_steps": 3, "learning_rate": 1e-2, "log_every": 1, "validate_every": 5, **given})
     corpus = Corpus(arguments.corpus)
     with world() as here:
-        model = make_model(corpus, arguments.dropout)
+        model = make_model(corpus, arguments.dropout).to(torch.float64 if arguments.double else torch.float32)
         run = Run(model, corpus, arguments.output, rules=RULES, settings=settings, validation=corpus, world=here)
         if arguments.resume:
             run.resume()

@@ -225,7 +225,7 @@ class Run:
             part = self._forward(batch)
             # Gradients are averaged over the processes: times their number, it is the sum that the mean asks for
             (self.world.size * (part[0] / masked.clamp(min=1) + part[2] / pairs)).backward()
-            sums += part.detach()
+            sums = sums + part.detach()
         if device.type == "cuda":
             self._flops += sum(self._count_flops(batch) for batch in batches)
         self.grad_norm = float(_whole(nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_norm)))

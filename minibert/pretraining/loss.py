@@ -32,8 +32,8 @@ class PretrainingLoss(nn.Module):
         masked_labels: Tensor,
         packed: bool = False,
     ) -> Tensor:
-        """Takes the fields of a `Batch`. Returns (4,), sums in float32: the MLM loss and the right answers over the
-        tokens to predict, the NSP loss and the right answers over the pairs.
+        """Takes the fields of a `Batch`. Returns (4,), sums in float32, of a float64 model in float64: the MLM loss and
+        the right answers over the tokens to predict, the NSP loss and the right answers over the pairs.
         """
         mask = pair[:, :, None] == pair[:, None, :] if packed else (pair > 0).long()
         encoded = self.model.bert(input_ids, mask, token_type_ids, position_ids)
@@ -44,16 +44,20 @@ class PretrainingLoss(nn.Module):
             labels = torch.full_like(input_ids.flatten(), IGNORED).scatter(0, masked_positions, masked_labels)
         else:
             hidden, labels = hidden[masked_positions], masked_labels  # (P, D), (P,)
-        words = self.model.cls.predictions(hidden).float()  # (P, V)
-        nexts = self.model.cls.seq_relationship(pooled).float()  # (B, 2)
+        words = _at_least_float32(self.model.cls.predictions(hidden))  # (P, V)
+        nexts = _at_least_float32(self.model.cls.seq_relationship(pooled))  # (B, 2)
         return torch.stack(
             [
                 F.cross_entropy(words, labels, ignore_index=IGNORED, reduction="sum"),
-                (words.detach().argmax(-1) == labels).sum().float(),
+                (words.detach().argmax(-1) == labels).sum().to(words.dtype),
                 F.cross_entropy(nexts, next_sentence_label, reduction="sum"),
-                (nexts.detach().argmax(-1) == next_sentence_label).sum().float(),
+                (nexts.detach().argmax(-1) == next_sentence_label).sum().to(words.dtype),
             ]
         )
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def pretraining_loss(model: BertForPreTraining, device: torch.device, *, dense: bool, fsdp: bool) -> nn.Module:

@@ -6,6 +6,7 @@ the end are the same, dropout included.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from reference import TINY, twins
+from reference import TINY, assert_as_exact, twins
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -113,10 +114,13 @@ class TakesAnything(minibert.BertForSequenceClassification):
 
 @pytest.mark.parametrize("kind", [minibert.BertForSequenceClassification, TakesAnything])
 def test_accumulated_gradients_are_a_mean(tmp_path, kind):
-    """As a batch of all of them gives it. Of transformers' BERT, Trainer takes the sum: see docs/differences.md."""
+    """As a batch of all of them gives it. Of transformers' BERT, Trainer takes the sum: see docs/differences.md.
+
+    In float64, so that no rounding hides a slip.
+    """
     results = []
     for steps in (1, 2):
-        model = pair()[1].eval()
+        model = pair()[1].double().eval()
         model.__class__ = kind
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -177,8 +181,9 @@ def test_a_lora_run(tmp_path, kind):
         loaded = peft.PeftModel.from_pretrained(model, tmp_path / name).eval()
         with torch.no_grad():
             adapted = loaded(**inputs).logits
+            exact = copy.deepcopy(loaded).double()(**inputs).logits
             merged = loaded.merge_and_unload().eval()
-            assert torch.allclose(merged(**inputs).logits, adapted, atol=1e-5)
+            assert_as_exact(merged(**inputs).logits, adapted, exact)  # sums of another order
         outputs.append(adapted)
     assert torch.equal(*outputs)
     assert type(merged) is minibert.BertForSequenceClassification

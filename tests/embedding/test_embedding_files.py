@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference import rounding
 
 import minibert
 from minibert import SentenceEncoder, cli
@@ -61,7 +62,8 @@ def check(output: Path, encoder: SentenceEncoder, lines: list[str], **options) -
     rows = np.load(output, mmap_mode="r")
     assert rows.dtype == np.float32
     assert rows.shape == (len(lines), 32)
-    assert np.abs(rows - encoder.encode(lines, **options)).max() < 1e-5
+    within = 4 * rounding(encoder.plain)  # of a token's state, of which a row is a mean: batches differ in size
+    assert np.abs(rows - encoder.encode(lines, **options)).max() <= within
     assert not left(output)
 
 
@@ -378,7 +380,7 @@ def test_the_command_by_default_and_in_json(tmp_path, capsys):
     assert "minibert-english" in result["model"]
     assert "not to tell texts apart" in output.err
     encoder = SentenceEncoder.from_pretrained(result["model"], device="cpu")
-    assert np.abs(rows - encoder.encode(["one", "two"])).max() < 1e-5
+    assert np.abs(rows - encoder.encode(["one", "two"])).max() <= 4 * rounding(encoder.plain)
 
 
 def test_the_command_names_what_is_wrong(model_dir, source, tmp_path, capsys):

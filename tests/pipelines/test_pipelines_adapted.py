@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from typing import Any
 
 import pytest
 import torch
 from pipeline_case import same, tiny
+from reference import rounding
 from torch import nn
 
 import minibert
@@ -85,6 +87,11 @@ def expected(model, tokenizer, texts):
     return [row.softmax(-1).max().item() for row in logits]
 
 
+def as_good_as(model, scores) -> Any:
+    """Four times what float32 costs the logits of the model, which a probability moves by half of at most."""
+    return pytest.approx(scores, abs=4 * rounding(model), rel=0)
+
+
 @pytest.mark.parametrize(
     ("change", "used_before"),
     [
@@ -103,8 +110,8 @@ def test_what_a_model_does_beside_its_class_is_done(classifier, change, used_bef
         classify(TEXTS)
     change(model)
     scores = [answer["score"] for answer in classify(TEXTS)]
-    assert scores == pytest.approx(expected(model, tokenizer, TEXTS), abs=1e-5)
-    assert scores != pytest.approx(expected(*classifier, TEXTS), abs=1e-4)
+    assert scores == as_good_as(model, expected(model, tokenizer, TEXTS))
+    assert scores != as_good_as(model, expected(*classifier, TEXTS))
 
 
 def test_a_masked_word_model_of_ones_own(minilm_dir):
@@ -136,9 +143,10 @@ def test_a_peft_model(classifier):
     wrapped = peft.get_peft_model(model, config).eval()
     with pytest.warns(UserWarning, match="plain model"):
         scores = [answer["score"] for answer in pipeline("text-classification", wrapped, tokenizer)(TEXTS)]
-    assert scores == pytest.approx(expected(wrapped, tokenizer, TEXTS), abs=1e-5)
+    assert scores == as_good_as(wrapped, expected(wrapped, tokenizer, TEXTS))
     with pytest.warns(UserWarning, match="plain model"):  # the model that was changed in place
-        assert pipeline("text-classification", model, tokenizer)(TEXTS)[0]["score"] == pytest.approx(scores[0])
+        again = [answer["score"] for answer in pipeline("text-classification", model, tokenizer)(TEXTS)]
+    assert again == scores
 
 
 ADAPTERS = {
@@ -160,12 +168,12 @@ def test_adapters_of_every_kind(classifier, kind, tmp_path):
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(copy.deepcopy(classifier[0]), ADAPTERS[kind](peft)).eval()
     wanted, tokenizer = expected(wrapped, classifier[1], TEXTS), classifier[1]
-    assert wanted != pytest.approx(expected(*classifier, TEXTS), abs=1e-4)
+    assert wanted != as_good_as(wrapped, expected(*classifier, TEXTS))
     wrapped.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(classifier[0]), tmp_path)
     for model in (wrapped, loaded, copy.deepcopy(wrapped).merge_and_unload()):
         scores = [answer["score"] for answer in pipeline("text-classification", model, tokenizer)(TEXTS)]
-        assert scores == pytest.approx(wanted, abs=1e-5)
+        assert scores == as_good_as(model, wanted)
 
 
 def test_a_neighbouring_text_does_not_matter_to_a_model_of_ones_own(minilm_dir):
@@ -186,4 +194,4 @@ def test_a_neighbouring_text_does_not_matter_to_a_model_of_ones_own(minilm_dir):
     tag = pipeline("ner", Tagger(plain.config).eval(), tokenizer, ignore_labels=[])
     with pytest.warns(UserWarning, match="plain model"):
         together = tag(TEXTS)
-    assert same(together, [tag(text) for text in TEXTS], 1e-5)
+    assert same(together, [tag(text) for text in TEXTS], 4 * rounding(tag.model))

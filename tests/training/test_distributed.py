@@ -1,4 +1,4 @@
-"""Two processes (gloo, started by torchrun) train as one does."""
+"""Two processes (gloo, started by torchrun) train as one does: in float64, where no rounding hides a slip."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def corpus(tmp_path_factory) -> Corpus:
 def train(corpus: Corpus, output: Path, *options: str, processes: int = 1) -> list[dict[str, float]]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else [])]
-    command += [training_job.__file__, str(corpus.directory), str(output), "--dropout", "0", "--rows", "16", *options]
+    command += [training_job.__file__, str(corpus.directory), str(output)]
+    command += ["--dropout", "0", "--rows", "16", "--double", *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -56,13 +57,13 @@ def test_two_processes_train_as_one(corpus, alone, tmp_path, options):
     two = train(corpus, tmp_path, "--steps", "10", *options, processes=2)
     assert [r["step"] for r in one] == [r["step"] for r in two]
     for ending in ("loss", "accuracy", "grad_norm"):
-        assert values(two, ending) == pytest.approx(values(one, ending), rel=2e-4, abs=2e-4)
+        assert values(two, ending) == pytest.approx(values(one, ending), rel=1e-9, abs=1e-9)
 
 
 def test_packed_pairs_on_two_processes(corpus, tmp_path):
     one = train(corpus, tmp_path / "one", "--steps", "5", "--packed")
     two = train(corpus, tmp_path / "two", "--steps", "5", "--packed", processes=2)
-    assert values(two, "loss") == pytest.approx(values(one, "loss"), rel=2e-4)
+    assert values(two, "loss") == pytest.approx(values(one, "loss"), rel=1e-9)
 
 
 @pytest.mark.parametrize("first", [["--fsdp"], []], ids=["fsdp", "ddp"])
@@ -73,7 +74,9 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(corpus, alone, tmp_path,
     train(corpus, tmp_path, "--steps", "10", "--resume")
     ended, whole = (torch.load(path / "checkpoint.pt", weights_only=True)["parameters"] for path in (tmp_path, alone))
     for name, values_ in whole.items():
-        assert torch.allclose(ended[name]["value"], values_["value"], rtol=1e-2, atol=2e-3), name
+        # A key's bias has no gradient but rounding, which Adam makes as large as any: softmax does not see that bias
+        same = torch.allclose(ended[name]["value"], values_["value"], rtol=1e-6, atol=1e-9)
+        assert same or name.endswith("key.bias"), name
 
 
 @pytest.mark.parametrize("rank", [0, 1])
