@@ -41,7 +41,8 @@ CACHED_CHARACTERS = 8_000_000  # or beyond this many in all: what is between bla
 MAX_UNKNOWN = 0.05  # share of [UNK] above which the vocabulary is not one for this text
 FORMAT = 2
 
-_CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
+_CHINESE_RANGES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF))  # the rarer ones beyond are left to `tokenizers`
+_CHINESE = re.compile("[{}-{}{}-{}]".format(*(chr(code) for ends in _CHINESE_RANGES for code in ends)))
 
 
 @dataclass(frozen=True)
@@ -133,17 +134,43 @@ class _TokenIds:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         if not self._by_word:
             return self._encoded(lines)
-        if self._by_character and _CHINESE.search(joined := "\n".join(lines)):
-            lines = _CHINESE.sub(r" \g<0> ", joined).split("\n")
+        joined = "\n".join(lines)
+        rows, words = (
+            self._rows_by_character(joined) if self._by_character and _CHINESE.search(joined) else self._rows(lines)
+        )
+        lengths = self._lengths[rows]
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        # position in _ids of each token: where its word starts there, plus its place within the word
+        places = np.repeat(self._starts[rows] - ends[:-1], lengths) + np.arange(ends[-1])
+        return self._ids[places], np.diff(ends[np.cumsum(words)], prepend=0)
+
+    def _rows(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The row of each word of all lines, and how many words each line has."""
         words = " ".join(lines).split(" ")
         self._learn(set(words))
         rows = np.fromiter(map(self._row.__getitem__, words), np.int64, len(words))
-        lengths = self._lengths[rows]
-        ends = np.cumsum(lengths)
-        # position in _ids of each token: where its word starts there, plus its place within the word
-        places = np.repeat(self._starts[rows] - (ends - lengths), lengths) + np.arange(ends[-1])
-        last_words = np.cumsum([line.count(" ") + 1 for line in lines]) - 1
-        return self._ids[places], np.diff(ends[last_words], prepend=0)
+        return rows, np.array([line.count(" ") + 1 for line in lines])
+
+    def _rows_by_character(self, joined: str) -> tuple[np.ndarray, np.ndarray]:
+        """The same of lines with Chinese characters, each of which is a word; no str is made of each."""
+        codes = np.frombuffer(joined.encode("utf-32-le"), "<u4")
+        alone = np.zeros(len(codes), bool)
+        for first, last in _CHINESE_RANGES:
+            alone |= (codes >= first) & (codes <= last)
+        between = alone | (codes == ord(" ")) | (codes == ord("\n"))
+        starts = ~between  # where other words start
+        starts[1:] &= between[:-1]
+        text = np.where(between, np.uint32(ord(" ")), codes).astype("<u4").tobytes().decode("utf-32-le")
+        words = [word for word in text.split(" ") if word]
+        characters = np.flatnonzero(np.bincount(codes[alone]))
+        self._learn({*words, *map(chr, characters)})
+        row_of = np.zeros(_CHINESE_RANGES[-1][1] + 1, np.int64)
+        row_of[characters] = [self._row[chr(code)] for code in characters]
+        rows = np.zeros(len(codes), np.int64)
+        rows[starts] = np.fromiter(map(self._row.__getitem__, words), np.int64, len(words))
+        rows[alone] = row_of[codes[alone]]
+        found = alone | starts
+        return rows[found], np.bincount(np.cumsum(codes == ord("\n"))[found], minlength=joined.count("\n") + 1)
 
     def _learn(self, words: set[str]) -> None:
         if len(self._row) + len(words) > CACHED_WORDS or self._characters > CACHED_CHARACTERS:
