@@ -141,8 +141,15 @@ class Dense(nn.Module):
         return dense
 
     def write_files(self, folder: Path, hidden_size: int) -> None:
-        """What `from_files` reads."""
+        """What `from_files` reads. Raises TypeError for an activation that its class alone does not say."""
         kind = type(self.activation)
+        named = kind.__name__ in ACTIVATIONS and kind is getattr(nn, kind.__name__)
+        said = " ".join(repr(self.activation).replace(", inplace=True", "").replace("inplace=True", "").split())
+        if not named or said != repr(kind()):
+            raise TypeError(
+                f"Dense with the activation {said} cannot be saved: a file names one of torch.nn's "
+                f"{', '.join(ACTIVATIONS)}, as it is without arguments"
+            )
         config = {
             "in_features": self.linear.in_features,
             "out_features": self.linear.out_features,

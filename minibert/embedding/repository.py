@@ -128,7 +128,8 @@ def _modules(source: hub.Source) -> list[Module]:
 def write_repository(encoder: Encoder, directory: str | os.PathLike[str]) -> None:
     """Write all that `open_repository` reads, whole or not at all.
 
-    Raises TypeError for a module that has no such files, before anything is written.
+    Raises TypeError for a module that has no such files, or a Dense whose activation they cannot name; nothing has
+    changed then.
     """
     modules = [encoder.pooling, *encoder.after]
     for module in modules:

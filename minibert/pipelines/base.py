@@ -29,6 +29,8 @@ STREAM_ITEMS, STREAM_CHARACTERS = 256, 1 << 20
 Answer = Callable[[nn.Module, BatchEncoding, list[slice]], Sequence[Any]]
 # Arguments of transformers' pipelines that mean nothing for BERT, and are taken where they are None
 UNUSED = ("feature_extractor", "image_processor", "processor", "modelcard", "framework", "args_parser", "model_card")
+_MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+_OTHER_ROWS = ("return_overflowing_tokens", "is_split_into_words")  # of the tokenizer: its rows would not be the texts
 # A head of BERT's -> the classes that its files open as without loss
 HEADS: dict[str, tuple[str, ...]] = {
     "BertForPreTraining": ("BertForMaskedLM", "BertForNextSentencePrediction"),
@@ -247,15 +249,19 @@ class Pipeline:
         yield from results
 
     def _encode(self, texts: list, first: int | None, tokenizer_kwargs: Mapping[str, Any] | None) -> BatchEncoding:
-        """Lists of ids of texts or pairs of texts, none longer than the model takes."""
+        """Lists of ids of texts or pairs of texts, none longer than the model takes; what else the tokenizer gave is
+        left out.
+        """
         options = {**self.tokenizer_kwargs, **(tokenizer_kwargs or {})}
+        self._check_tokenizer_kwargs(options)
         multiple = None
         if options.get("padding") in (True, "longest"):  # each text is its own longest, and every batch is padded
             del options["padding"]
             multiple = options.pop("pad_to_multiple_of", None)
         if options.get("truncation"):
             options.setdefault("max_length", self.longest)
-        encoded = self.tokenizer(texts, **options)
+        given = self.tokenizer(texts, **options)
+        encoded = BatchEncoding({name: given[name] for name in _MODEL_INPUTS if name in given})
         if multiple is not None:
             side = options.get("padding_side")
             encoded = self._padded_alone(encoded, pad_to_multiple_of=multiple, padding_side=side)
@@ -267,6 +273,14 @@ class Pipeline:
                     "with tokenizer_kwargs={'truncation': True}"
                 )
         return encoded
+
+    def _check_tokenizer_kwargs(self, options: Mapping[str, Any]) -> None:
+        allowed = [name for name in _parameters(BertTokenizer.__call__) if name not in _OTHER_ROWS]
+        for name, value in options.items():
+            if name in _OTHER_ROWS and value:
+                raise ValueError(f"{name}={value!r}: {self.task} takes whole texts, and gives one result each")
+            if name not in allowed and name not in _OTHER_ROWS:
+                raise TypeError(f"{self.task}: the tokenizer has no option {name!r}; it has {', '.join(allowed)}")
 
     def _padded_alone(self, encoded: BatchEncoding, **options: Any) -> BatchEncoding:
         rows = [{name: column[i] for name, column in encoded.items()} for i in range(len(encoded["input_ids"]))]

@@ -96,8 +96,21 @@ class BatchEncoding(dict):
             self[name] = tensor(name, [value] if prepend_batch_axis else value, tensor_type)
         return self
 
+    def __or__(self, other: Mapping[str, Any]) -> BatchEncoding:
+        """Another batch with the values of both, `other`'s where both have them; it keeps the alignment."""
+        joined = self.copy()
+        joined.update(other)
+        return joined
+
     def to(self, device: Any, *, non_blocking: bool = False) -> BatchEncoding:
-        """Move every tensor to `device`, in place, and return the batch itself."""
+        """Move every tensor to `device`, in place, and return the batch itself.
+
+        Raises TypeError for what is no device: ids have no other type to be cast to.
+        """
+        import torch  # is there already where tensors are
+
+        if not isinstance(device, (str, int, torch.device)):
+            raise TypeError(f"device must be a torch.device, its name or its number; got {device!r}")
         for key, value in self.items():
             if hasattr(value, "to"):
                 self[key] = value.to(device=device, non_blocking=non_blocking)

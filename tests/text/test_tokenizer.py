@@ -339,6 +339,8 @@ def test_batch_is_a_dict_with_attributes(ours):
     assert dict(**batch).keys() == {"input_ids", "token_type_ids", "attention_mask"}
     with pytest.raises(AttributeError, match=r"input_ids.*no logits"):
         _ = batch.logits
+    with pytest.raises(TypeError, match="device must be a torch.device, its name or its number; got torch.float16"):
+        batch.to(torch.float16)
 
 
 def test_batch_pickles_with_what_is_known(ours):

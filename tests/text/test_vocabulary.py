@@ -287,6 +287,18 @@ def test_copies_keep_the_alignment(copied):
         assert "new" not in batch
 
 
+def test_batches_are_joined():
+    batch = made()("the cats")
+    joined = batch | {"labels": 1, "input_ids": [9]}
+    assert type(joined) is BatchEncoding
+    assert joined.word_ids() == batch.word_ids()
+    assert (joined["labels"], joined["input_ids"]) == (1, [9])
+    assert batch["input_ids"] != [9]
+    batch |= {"labels": 2}
+    assert batch["labels"] == 2
+    assert type(batch) is BatchEncoding
+
+
 def test_a_batch_is_its_own_data():
     batch = made()(["the cat", "dog"])
     assert batch.data == dict(batch)
