@@ -54,10 +54,12 @@ def _opened(name: str, revision: str | None) -> Any:
 
 
 def _findings(output: str, size: int, facts: dict[str, Any]) -> list[str]:
+    from minibert.study.twin import equal_steps
+
     rows = [f"{output}: {size / 1e6:.2f} MB, {len(facts['walk'])} steps"]
     if facts["proof"]:
-        compared = [row["ulps"] for row in facts["proof"].values() if row["ulps"] is not None]
-        rows.append(f"{sum(u == 0 for u in compared)} of {len(compared)} steps have the bits of transformers")
+        same, compared = equal_steps(facts["proof"])
+        rows.append(f"{same} of {compared} steps have the bits of transformers")
     if found := facts["mattered"]:
         rows.append(f"token {found['at']}: {found['word']}, probability {found['chance']:.3f}")
         lost = found["scores"].get("leave_one_out")

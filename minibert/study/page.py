@@ -11,6 +11,7 @@ import textwrap
 import zlib
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
+from itertools import groupby
 from string import Template
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from minibert.study.exercises import EXERCISES
 from minibert.study.trace import Trace
+from minibert.study.twin import equal_steps
 
 MAX_BYTES = 4_000_000  # of attention weights before compression; above, the largest of each row are kept
 QK_BYTES = 1_500_000  # of query and key vectors
@@ -34,7 +36,8 @@ class Markup(str):
 def render(seen: Trace, facts: Facts) -> str:
     """The whole page."""
     parts = {name: (files("minibert.study") / name).read_text("utf-8") for name in ("page.html", "page.css", "page.js")}
-    header, payload = _payload(seen, facts)
+    maps = torch.stack([weights[0].float() for weights in seen.attentions])  # (layers, H, T, T)
+    header, payload = _payload(seen, maps, facts)
     data = json.dumps(header).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     digest = {name: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for name, part in parts.items()}
     policy = (
@@ -47,7 +50,7 @@ def render(seen: Trace, facts: Facts) -> str:
     sections = {name: build(facts) for name, build in SECTIONS.items()}
     named = {"title": cell(text), "model": cell(facts["model"]), "summary": cell(total), "policy": policy}
     files_ = {"css": parts["page.css"], "script": parts["page.js"], "data": data, "payload": payload}
-    return Template(parts["page.html"]).substitute(sections, grid=_grid(seen), **named, **files_)
+    return Template(parts["page.html"]).substitute(sections, grid=_grid(maps), **named, **files_)
 
 
 def cell(value: Any) -> str:
@@ -103,14 +106,14 @@ def _tokens(facts: Facts) -> Markup:
 
 def _walk(facts: Facts) -> Markup:
     """The steps, those of a layer folded together; the equality with transformers stands beside each."""
-    groups: dict[str, list[Facts]] = {}
-    for row in facts["walk"]:
+
+    def part(row: Facts) -> str:
         layer = row["name"].partition(".layer.")[2].partition(".")[0]
-        group = f"Layer {int(layer) + 1}" if layer else "Embeddings" if "embeddings" in row["name"] else "Heads"
-        groups.setdefault(group, []).append(row)
+        return f"Layer {int(layer) + 1}" if layer else "Embeddings" if "embeddings" in row["name"] else "Heads"
+
     head = ("step, line and code", "equation and shapes", "MFLOP", "parameters", "values", "transformers")
     out = []
-    for title, rows in groups.items():
+    for title, rows in ((title, list(rows)) for title, rows in groupby(facts["walk"], part)):
         note = f"<small>{len(rows)} steps, {sum(row['share'] for row in rows):.1%} of the arithmetic</small>"
         body = table(head, [_step(row, facts["proof"]) for row in rows], "walk")
         out.append(_fold(f"{title} {note}", body, title in ("Embeddings", "Layer 1", "Heads")))
@@ -152,12 +155,11 @@ def _proof(facts: Facts) -> Markup:
     )
     if facts["proof"] is None:
         return Markup(f"<p class=big>Not compared: transformers is not installed, or was not asked.</p>{text}")
-    compared = [row["ulps"] for row in facts["proof"].values() if row["ulps"] is not None]
-    same = sum(value == 0 for value in compared)
-    verdict = "every one has" if same == len(compared) else f"{same} of them have"
+    same, compared = equal_steps(facts["proof"])
+    verdict = "every one has" if same == compared else f"{same} of them have"
     version = cell(facts["manifest"]["versions"].get("transformers", ""))
     return Markup(
-        f"<p class=big>{len(compared)} steps were compared with transformers {version}, run just now on the same "
+        f"<p class=big>{compared} steps were compared with transformers {version}, run just now on the same "
         f"weights and text: {verdict} the same bits.</p>{text}"
     )
 
@@ -278,15 +280,14 @@ SECTIONS = {
 
 def _quantized(weights: Tensor) -> Tensor:
     """Weights from 0 to 1 as bytes on a square-root scale: small ones stay visible, the error is at most 0.004."""
-    return (weights.float().clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
+    return (weights.clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
 
 
-def _payload(seen: Trace, facts: Facts) -> tuple[Facts, str]:
+def _payload(seen: Trace, maps: Tensor, facts: Facts) -> tuple[Facts, str]:
     """What the script draws: a header for JSON, and bytes, deflated and in base64."""
-    maps = torch.stack([weights[0] for weights in seen.attentions])  # (layers, H, T, T)
     (layers, H, T, _), D = maps.shape, seen.sizes["D"]
     top = 0 if maps.numel() <= MAX_BYTES else TOP
-    kept = maps.float().topk(top, -1) if top else None
+    kept = maps.topk(top, -1) if top else None
     parts = [_quantized(kept.values), kept.indices.to(torch.int16).view(torch.uint8)] if kept else [_quantized(maps)]
     order = [*facts["masked"], *(i for i in range(T) if i not in facts["masked"])]
     tokens = sorted(order[: max(1, QK_BYTES // (2 * layers * D))])
@@ -300,9 +301,8 @@ def _payload(seen: Trace, facts: Facts) -> tuple[Facts, str]:
     return {**header, **shown}, base64.b64encode(zlib.compress(raw, 9)).decode()
 
 
-def _grid(seen: Trace) -> str:
+def _grid(maps: Tensor) -> str:
     """All heads as one grey picture, layers downwards: blocks of tokens show their largest weight; a PNG, in base64."""
-    maps = torch.stack([weights[0].float() for weights in seen.attentions])  # (layers, H, T, T)
     layers, H, T, _ = maps.shape
     maps, fine = maps / maps.amax((2, 3), keepdim=True), 64 // T
     maps = (

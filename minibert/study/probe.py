@@ -112,53 +112,42 @@ def _words_head(model: nn.Module) -> nn.Module:
     return heads.predictions
 
 
-class zero_head:
-    """For `patch`, at an `attention.output.dense`: these heads' part of what goes in is 0."""
+def zero_head(*heads: int, of: int) -> Callable[[Tensor], Tensor]:
+    """For `patch`, at an `attention.self` of so many heads: what these heads give is 0.
 
-    def __init__(self, *heads: int):
-        self.heads = heads
+    Raises ValueError for a head that is not there.
+    """
+    if not all(0 <= head < of for head in heads):
+        raise ValueError(f"zero_head{heads}: there are heads 0 to {of - 1}")
 
+    def without(context: Tensor) -> Tensor:
+        kept = torch.ones(of, dtype=context.dtype, device=context.device)
+        kept[list(heads)] = 0
+        return (context.unflatten(-1, (of, -1)) * kept[:, None]).flatten(-2)  # (B, T, D) -> (B, T, H, K) -> (B, T, D)
 
-Patch = nn.Module | zero_head | Callable[[Any], Any]
+    return without
 
 
 @contextmanager
-def patch(model: nn.Module, parts: Mapping[str, Patch]) -> Iterator[nn.Module]:
+def patch(model: nn.Module, parts: Mapping[str, nn.Module | Callable[[Any], Any]]) -> Iterator[nn.Module]:
     """While the context lasts, parts of the model do something else; afterwards, an error included, all is as before.
 
     Args:
-        parts: for each module's name, another module to run in its place, a function of its output whose result goes
-            on instead, or `zero_head(...)`.
+        parts: for each module's name, another module to run in its place, or a function of its output, `zero_head(...)`
+            say, whose result goes on instead.
 
-    Raises ValueError for a name that is not there, or heads that are not there.
+    Raises ValueError for a name that is not there.
     """
     modules = dict(model.named_modules())
     with ExitStack() as stack:
         for name, new in parts.items():
             if name not in modules or not name:
                 raise ValueError(f"patch: this {type(model).__name__} has no module {name!r}")
-            module = modules[name]
             if isinstance(new, nn.Module):
                 parent, _, child = name.rpartition(".")
-                stack.callback(setattr, model.get_submodule(parent), child, module)
+                stack.callback(setattr, model.get_submodule(parent), child, modules[name])
                 setattr(model.get_submodule(parent), child, new)
-            elif isinstance(new, zero_head):
-                stack.callback(module.register_forward_pre_hook(_without(model, name, new.heads)).remove)
             else:
-                hook = module.register_forward_hook(lambda module, args, output, new=new: new(output))
+                hook = modules[name].register_forward_hook(lambda module, args, output, new=new: new(output))
                 stack.callback(hook.remove)
         yield model
-
-
-def _without(model: nn.Module, name: str, heads: tuple[int, ...]) -> Callable[..., Any]:
-    H = model.config.num_attention_heads
-    if not name.endswith("attention.output.dense") or not all(0 <= head < H for head in heads):
-        raise ValueError(f"zero_head{heads} at {name!r}: heads 0 to {H - 1} meet in an attention.output.dense")
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        kept = torch.ones(H, dtype=args[0].dtype, device=args[0].device)
-        kept[list(heads)] = 0
-        heads_apart = args[0].unflatten(-1, (H, -1)) * kept[:, None]  # (B, T, D) -> (B, T, H, K)
-        return (heads_apart.flatten(-2),)  # (B, T, H, K) -> (B, T, D)
-
-    return hook

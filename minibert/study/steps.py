@@ -61,6 +61,14 @@ cross_entropy;                     mean -log softmax(x)[label]; ;       ;       
 mse_loss;                          mean (x - target)^2;       ;         ;         BERT 4.1;             create_model
 binary_cross_entropy_with_logits;  mean -log sigmoid(+-x);    ;         ;         BERT 4.1;             create_model
 """  # noqa: E501
+# Heads whose variables have names of their own, and what these begin with
+_OUTPUTS = {
+    "cls.predictions": "cls/predictions/",
+    "cls.predictions.decoder": "cls/predictions/",
+    "cls.seq_relationship": "cls/seq_relationship/",
+    "qa_outputs": "cls/squad/",
+    "classifier": "",
+}
 _NORM = "(x - mean) / sqrt(variance + eps) * gamma + beta"
 _ROWS = [[cell.strip() for cell in row.split(";")] for row in _TABLE.strip().splitlines()]
 _KINDS = {end: Kind(*rest)._replace(equation=rest[0].replace("NORM", _NORM)) for end, *rest in _ROWS}
@@ -83,36 +91,31 @@ def spell(shape: Sequence[int], pattern: str, sizes: Mapping[str, int]) -> str:
     elif len(letters) == len(shape) - 1 and letters[:1] == ["B"]:
         letters = ["B", "T", *letters[1:]]
     if len(letters) != len(shape):
-        return f"({', '.join(map(str, shape))})"
+        return str(tuple(shape))
     return f"({', '.join(x if sizes.get(x, n) == n else str(n) for x, n in zip(letters, shape, strict=True))})"
 
 
-def google_variable(parameter: str) -> str | None:
+def google_variable(parameter: str) -> str:
     """The variable of a Google TensorFlow checkpoint that holds this parameter; kernels are stored transposed.
 
-    None for what Google never released a variable for: token classification and multiple choice are others' heads, and
-    so the caller's class decides about "classifier". Tied parameters have the name of what they are tied to.
+    Tied parameters have the name of what they are tied to. "classifier" is Google's of sentences; token classification
+    and multiple choice, which have one too, are others' heads.
     """
-    whole = {
-        "cls.predictions.decoder.weight": "bert/embeddings/word_embeddings",
-        "cls.predictions.decoder.bias": "cls/predictions/output_bias",
-        "cls.predictions.bias": "cls/predictions/output_bias",
-        "cls.seq_relationship.weight": "cls/seq_relationship/output_weights",
-        "cls.seq_relationship.bias": "cls/seq_relationship/output_bias",
-        "qa_outputs.weight": "cls/squad/output_weights",
-        "qa_outputs.bias": "cls/squad/output_bias",
-        "classifier.weight": "output_weights",
-        "classifier.bias": "output_bias",
-    }
-    if parameter in whole:
-        return whole[parameter]
     path, _, last = parameter.rpartition(".")
-    path = re.sub(r"layer\.(\d+)", r"layer_\1", path)
+    if parameter == "cls.predictions.decoder.weight":
+        return "bert/embeddings/word_embeddings"
+    if path in _OUTPUTS:
+        return f"{_OUTPUTS[path]}output_{'weights' if last == 'weight' else last}"
     if path.endswith("LayerNorm"):
         last = {"weight": "gamma", "bias": "beta"}[last]
     elif last == "weight":
         last = "" if path.endswith("_embeddings") else "kernel"
-    return f"{path}.{last}".rstrip(".").replace(".", "/")
+    return f"{_scope(path)}/{last}".rstrip("/")
+
+
+def _scope(module: str) -> str:
+    """What TensorFlow's variables of a module begin with."""
+    return re.sub(r"layer\.(\d+)", r"layer_\1", module).replace(".", "/")
 
 
 class Name(NamedTuple):
@@ -128,10 +131,9 @@ def names(model: nn.Module) -> list[Name]:
     """Every module and every parameter of a model once, in the order of the tree, a tied parameter under each name."""
     rows = []
     for path, module in model.named_modules():
-        scope = re.sub(r"layer\.(\d+)", r"layer_\1", path).replace(".", "/")
-        rows.append(Name(path, None, scope or None, False))
+        rows.append(Name(path, None, _scope(path) or None, False))
         for last, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{last}".lstrip(".")
-            transposed = isinstance(module, nn.Linear) and (google_variable(name) or "").endswith("/kernel")
-            rows.append(Name(name, tuple(parameter.shape), google_variable(name), transposed))
+            variable = google_variable(name)
+            rows.append(Name(name, tuple(parameter.shape), variable, variable.endswith("/kernel")))
     return rows

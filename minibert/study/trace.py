@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from types import FrameType
 from typing import Any
 
@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibert.model import attention_probabilities
-from minibert.study.steps import kind_of, spell
+from minibert.study.steps import Kind, kind_of, spell
 
 _TORCH = os.path.dirname(torch.__file__)
 _A_STEP = re.compile(r"(bert\.)?encoder\.layer\.0\.attention\.self\.query")  # by which a BERT is known
 # Functions between the modules that make a step, and the modules they do it in
 _ADDITIONS = ("add", "__add__", "add_", "__iadd__")
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # the fused kernel's arguments
 _LOSSES = ("cross_entropy", "mse_loss", "binary_cross_entropy_with_logits")
 
 
@@ -218,11 +219,11 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.model, self.grad, self.given = model, grad, given
         self.names = {module: name for name, module in model.named_modules()}
-        self.running: list[nn.Module] = []
-        self.steps: list[dict[str, Any]] = []
-        self.seen: dict[str, int] = {}
-        self._product: tuple[torch.Size, Source, int] | None = None  # the last one that may be scores
-        self.versions: list[tuple[Tensor, int]] = []
+        self.running = [model]
+        self.made: dict[str, tuple[Step, Kind, torch.Size, int | None]] = {}
+        self.counted: set[Tensor] = set()  # parameters that are some step's already
+        self.product: tuple[torch.Size, int, Source] | None = None  # the last one that may be scores
+        self.beside = False  # what runs now is no part of the model
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.running.append(module)
@@ -233,125 +234,108 @@ class _Recorder(TorchFunctionMode):
         idle = isinstance(module, nn.Dropout) and not (module.training and module.p)
         if isinstance(output, Tensor) and not idle and (not [*module.children()] or kind_of(name).equation):
             enters = next((x.shape for x in args if isinstance(x, Tensor)), output.shape)
-            return self.add(name, enters, output, source_of(sys._getframe(1)), _flops(module, output), module)
+            return self.add(name, enters, output, _flops(module, output), module)
         return None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        where = self.names[self.running[-1]] if self.running else ""
+        where = self.names[self.running[-1]]
         if name in _ADDITIONS and isinstance(output, Tensor) and output.is_floating_point():
             if where.endswith("embeddings"):
-                step = "sum" if f"{where}.words_and_segments" in self.seen else "words_and_segments"
-                return self.add(f"{where}.{step}", output.shape, output, source_of(sys._getframe(1)))
-            elif where.endswith("output"):
-                return self.add(f"{where}.residual", output.shape, output, source_of(sys._getframe(1)))
+                step = "sum" if f"{where}.words_and_segments" in self.made else "words_and_segments"
+                return self.add(f"{where}.{step}", output.shape, output)
+            if where.endswith("output"):
+                return self.add(f"{where}.residual", output.shape, output)
         elif name == "scaled_dot_product_attention":
-            return self._attention(where, output, source_of(sys._getframe(1)), *args, **(kwargs or {}))
+            return self._fused(where, output, {**dict(zip(_ATTENTION, args, strict=False)), **(kwargs or {})})
         elif name in ("matmul", "__matmul__", "softmax") and where.endswith("self"):
-            return self._eager(where, name, args, output, source_of(sys._getframe(1)))
+            return self._plain(where, name, args[0], output)
         elif name in _LOSSES:
-            self.add(f"{where}.{name}".lstrip("."), args[0].shape, output, source_of(sys._getframe(1)))
+            self.add(f"{where}.{name}".lstrip("."), args[0].shape, output)
         return output
 
-    def _attention(
-        self,
-        where: str,
-        output: Tensor,
-        source: Source,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        *rest: Any,
-        is_causal: bool = False,
-        **other: Any,
-    ) -> Tensor:
+    def _fused(self, where: str, output: Tensor, given: Mapping[str, Any]) -> Tensor:
         """The fused kernel: what it keeps to itself is computed beside it, from the same query and key."""
-        if is_causal:
+        if given.get("is_causal"):
             raise ValueError("model: its attention is causal, which BERT's is not")
-        flops = 2 * query.numel() * key.shape[-2]
-        with torch.no_grad(), _Probabilities() as seen:
-            weights = attention_probabilities(query, key, attn_mask)
-        self.add(f"{where}.scores", query.shape, seen.scores, seen.sources["matmul"], flops, beside=True)
-        self.add(f"{where}.weights", weights.shape, weights, seen.sources["softmax"], beside=True)
-        return self.add(f"{where}.context", weights.shape, output, source, flops)
+        query, key = given["query"], given["key"]
+        self.beside = True
+        with torch.no_grad(), self:
+            weights = attention_probabilities(query, key, given.get("attn_mask"))
+        self.beside = False
+        return self.add(f"{where}.context", weights.shape, output, 2 * query.numel() * key.shape[-2])
 
-    def _eager(self, where: str, name: str, args: tuple[Any, ...], output: Tensor, source: Source) -> Tensor:
+    def _plain(self, where: str, name: str, given: Tensor, output: Tensor) -> Tensor:
         """Attention by plain products, as transformers' eager is: scores, their softmax, then weights times values."""
-        if source.function == attention_probabilities.__name__:
+        source = source_of(sys._getframe())
+        if source.function == attention_probabilities.__name__ and not self.beside:
             return output  # maps that were asked for beside the fused kernel; they are steps already
-        flops = 2 * args[0].numel() * output.shape[-1]
         if name == "softmax":
-            if self._product is not None:
-                self.add(f"{where}.scores", self._product[0], args[0], self._product[1], self._product[2])
-            return self.add(f"{where}.weights", output.shape, output, source)
-        if self.steps and self.steps[-1]["name"].startswith(f"{where}.weights"):
-            return self.add(f"{where}.context", args[0].shape, output, source, flops)
-        self._product = (args[0].shape, source, flops)
+            if self.product is not None:
+                enters, flops, line = self.product
+                self.add(f"{where}.scores", enters, given, flops, source=line)
+            return self.add(f"{where}.weights", output.shape, output)
+        flops = 2 * given.numel() * output.shape[-1]
+        if next(reversed(self.made), "").startswith(f"{where}.weights"):
+            return self.add(f"{where}.context", given.shape, output, flops)
+        self.product = (given.shape, flops, source)
         return output
 
-    def add(self, name: str, enters: torch.Size, tensor: Tensor, source: Source, flops: int | None = 0,
-            module: nn.Module | None = None, beside: bool = False) -> Tensor:  # fmt: skip
-        count = self.seen[name] = self.seen.get(name, 0) + 1
+    def add(
+        self,
+        name: str,
+        enters: torch.Size,
+        tensor: Tensor,
+        flops: int | None = 0,
+        module: nn.Module | None = None,
+        source: Source | None = None,
+    ) -> Tensor:
+        """One more step, of a module or between modules; returns what the model is to go on with."""
+        if name in self.made:
+            name = next(new for n in count(2) if (new := f"{name}#{n}") not in self.made)
         if self.grad and tensor.requires_grad and not tensor.is_leaf:
             tensor.retain_grad()
-        if not tensor.is_inference():
-            self.versions.append((tensor, tensor._version))
-        where = self.names[module] if module is not None else self.names[self.running[-1]] if self.running else ""
-        self.steps.append({
-            "name": name if count == 1 else f"{name}#{count}", "module": where, "enters": enters, "tensor": tensor,
-            "source": source, "flops": flops, "beside": beside, "own": module,
-        })  # fmt: skip
-        given = None if beside else self.given.get(self.steps[-1]["name"])
+        new = set(module.parameters(recurse=False)) - self.counted if module is not None else set()
+        self.counted |= new
+        activation = getattr(getattr(self.model, "config", None), "hidden_act", "gelu")
+        kind = kind_of(name, activation if isinstance(activation, str) else "activation")
+        step = Step(
+            name=name,
+            module=self.names[self.running[-1] if module is None else module],
+            equation=kind.equation,
+            letters="",
+            numbers=f"{tuple(enters)} -> {tuple(tensor.shape)}",
+            flops=flops,
+            bytes=tensor.nbytes,
+            params=sum(p.numel() for p in new),
+            source=source or source_of(sys._getframe()),
+            paper=kind.paper,
+            google=kind.google,
+            beside=self.beside,
+            tensor=tensor,
+        )
+        self.made[name] = (step, kind, enters, None if tensor.is_inference() else tensor._version)
+        given = None if self.beside else self.given.get(name)
         return tensor if given is None or given.shape != tensor.shape else given
 
     def finish(self, output: Any) -> Trace:
-        for tensor, version in self.versions:
-            if tensor._version != version:
+        """All steps, with their shapes in letters, of which the values are known now."""
+        sizes = self._sizes()
+        for step, kind, enters, version in self.made.values():
+            if version is not None and step.tensor._version != version:
                 raise RuntimeError("the model changes tensors in place after they are made: their values are lost")
-        sizes, act = self._sizes(), getattr(getattr(self.model, "config", None), "hidden_act", "gelu")
-        counted: set[int] = set()
-        steps = []
-        for raw in self.steps:
-            tensor, enters, name = raw["tensor"], raw["enters"], raw["name"]
-            kind = kind_of(name, act if isinstance(act, str) else "activation")
-            own = () if raw["own"] is None else raw["own"].parameters(recurse=False)
-            new = [p for p in own if id(p) not in counted]
-            counted.update(map(id, new))
-            letters = f"{spell(enters, kind.enters, sizes)} -> {spell(tensor.shape, kind.leaves, sizes)}"
-            steps.append(Step(
-                name=name, module=raw["module"], equation=kind.equation, letters=letters,
-                numbers=f"{_numbers(enters)} -> {_numbers(tensor.shape)}", flops=raw["flops"], bytes=tensor.nbytes,
-                params=sum(p.numel() for p in new), source=raw["source"], paper=kind.paper, google=kind.google,
-                beside=raw["beside"], tensor=tensor,
-            ))  # fmt: skip
-        return Trace(type(self.model).__name__, steps, output, sizes)
+            step.letters = f"{spell(enters, kind.enters, sizes)} -> {spell(step.tensor.shape, kind.leaves, sizes)}"
+        return Trace(type(self.model).__name__, [step for step, *_ in self.made.values()], output, sizes)
 
     def _sizes(self) -> dict[str, int]:
-        first = next((s["tensor"].shape for s in self.steps if s["name"].endswith("embeddings.LayerNorm")), (1, 1, 1))
-        sizes = dict(zip("BTD", first, strict=False))
+        norms = (step.tensor.shape for name, (step, *_) in self.made.items() if name.endswith("embeddings.LayerNorm"))
+        sizes = dict(zip("BTD", next(norms, (1, 1, 1)), strict=False))
         if (config := getattr(self.model, "config", None)) is None:
             return sizes
         D, H = config.hidden_size, config.num_attention_heads
         sizes |= {"D": D, "H": H, "K": D // H, "F": config.intermediate_size}
         return {**sizes, "V": config.vocab_size, "L": config.num_labels}
-
-
-class _Probabilities(TorchFunctionMode):
-    """Watches `attention_probabilities`: the lines of its product and its softmax, and what goes into the latter."""
-
-    def __enter__(self) -> _Probabilities:
-        self.sources: dict[str, Source] = {}
-        super().__enter__()
-        return self
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("matmul", "softmax"):
-            self.sources[name] = source_of(sys._getframe(1))
-            self.scores = args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def _flops(module: nn.Module, output: Tensor) -> int | None:
@@ -360,10 +344,6 @@ def _flops(module: nn.Module, output: Tensor) -> int | None:
         return 2 * output.numel() * module.in_features
     known = isinstance(module, nn.Embedding | nn.LayerNorm) or not [*module.parameters()] or [*module.children()]
     return 0 if known else None
-
-
-def _numbers(shape: torch.Size) -> str:
-    return f"({', '.join(map(str, shape))})"
 
 
 def source_of(frame: FrameType | None) -> Source:

@@ -51,6 +51,12 @@ def ulps(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).abs().max() / (torch.finfo(b.dtype).eps * (rms or 1.0))).item()
 
 
+def equal_steps(found: dict[str, Any]) -> tuple[int, int]:
+    """Of a proof: how many steps have equal bits, and how many were compared."""
+    compared = [row["ulps"] for row in found.values() if row["ulps"] is not None]
+    return compared.count(0.0), len(compared)
+
+
 def proof(ours: Trace, theirs: Trace) -> dict[str, Any]:
     """For each step: how far it is from the twin's in ulps (0.0: bit-equal), and the twin's line of code."""
     return {

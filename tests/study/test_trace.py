@@ -243,6 +243,10 @@ def test_refused_by_name():
         study.trace("bert-base-uncased", inputs)
     with pytest.raises(TypeError, match="inputs must be a mapping"):
         study.trace(model, "a text")
+    with pytest.raises(ValueError, match="causal"), pytest.MonkeyPatch.context() as patch:
+        kernel = torch.nn.functional.scaled_dot_product_attention
+        patch.setattr("minibert.model.attention", lambda q, k, v, mask, dropout_p: kernel(q, k, v, None, 0.0, True))
+        study.trace(model, inputs)
     with pytest.raises(ValueError, match="is_decoder"):
         study.trace(transformers.BertModel(transformers.BertConfig(**SIZES, is_decoder=True)), inputs)
 
