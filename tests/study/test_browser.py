@@ -60,13 +60,24 @@ def pages(tmp_path_factory) -> dict[int, Path]:
 
 
 def browse(page: Path, folder: Path, hash_: str = "") -> tuple[str, str, list[str]]:
-    """The page's tree after its script has run, what Chromium said, and all addresses that it asked for."""
+    """The page's tree after its script has run, what Chromium said, and all addresses that it asked for.
+
+    Chromium itself may hang, where its processes are stopped for a while say: it is started once more then.
+    """
+    try:
+        return _browse(page, folder / "first", hash_)
+    except subprocess.TimeoutExpired:
+        return _browse(page, folder / "second", hash_)
+
+
+def _browse(page: Path, folder: Path, hash_: str) -> tuple[str, str, list[str]]:
+    folder.mkdir(parents=True)
     log = folder / "net.json"
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}",
                "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=30000", "--dump-dom",
                f"file://{page}{hash_}"]  # fmt: skip
     environment = {**os.environ, "HOME": str(folder)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
     asked = re.findall(r'"url":"([^"]+)"', log.read_text(encoding="utf-8", errors="replace"))
     return done.stdout, done.stderr, asked
 
