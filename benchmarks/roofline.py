@@ -26,13 +26,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.fl
 
 
 def product(dtype: str, rows: int, inputs: int, outputs: int):
-    """One product without anything around it."""
+    """One product without anything around it; in bytes, with the rounding of its input."""
     weight, bias = torch.randn(outputs, inputs), torch.zeros(outputs)
     if dtype != "int8":
         layer, x = PrepackedLinear(weight.to(DTYPES[dtype]), bias.to(DTYPES[dtype])), torch.randn(rows, inputs)
         x = x.to(DTYPES[dtype])
         return lambda: layer(x)
-    layer, x = Int8Linear(weight, bias), torch.randint(0, 255, (rows, inputs), dtype=torch.uint8)
+    layer, x = Int8Linear(weight, bias), torch.randint(-127, 128, (rows, inputs)).float()
     return lambda: layer.multiply(x)
 
 

@@ -310,7 +310,6 @@ class Encoder:
             together[torch.tensor(order, device=self.device)] = torch.cat(found)
         return together
 
-
     def _everything(
         self, ids: list[int], types: list[int], state: Tensor, vector: Tensor, prompt_length: int
     ) -> dict[str, Any]:

@@ -17,13 +17,18 @@ from torch.nn import functional
 from minibert.activations import ACTIVATIONS
 from minibert.fast.encoder import GELUS, CpuEngine, Kernels, Linear
 from minibert.fast.onednn import POST_OPS, PrepackedLinear, UnfusedLinear
-from minibert.fast.quantize import Bfloat16Linear, Int8Linear
-from minibert.fast.quantize import Int8AfterGelu as AfterGelu
+from minibert.fast.quantize import (
+    Bfloat16Linear,
+    FbgemmInt8AfterGelu,
+    FbgemmInt8Linear,
+    Int8AfterGelu,
+    Int8Linear,
+)
 from minibert.model import BertModel
 
-KINDS: dict[str, type[Linear]] = {
-    kind.__name__: kind for kind in (PrepackedLinear, UnfusedLinear, Bfloat16Linear, Int8Linear, AfterGelu)
-}
+_FLOATS = (PrepackedLinear, UnfusedLinear, Bfloat16Linear)
+_BYTES = (Int8Linear, Int8AfterGelu, FbgemmInt8Linear, FbgemmInt8AfterGelu)
+KINDS: dict[str, type[Linear]] = {kind.__name__: kind for kind in (*_FLOATS, *_BYTES)}
 
 
 @dataclass(frozen=True)
@@ -105,46 +110,76 @@ def shape_of(model: BertModel, kernels: Kernels) -> Shape | str:
 
 
 class Product(nn.Module):
-    """One linear layer of the graph, of one of the KINDS, with places for the weights that will be handed in."""
+    """One linear layer of the graph, in floating point, with places for the weights that will be handed in."""
 
     def __init__(self, kind: str, inputs: int, outputs: int, dtype: torch.dtype, activation: str = ""):
         super().__init__()
         self.kind, self.activation = KINDS[kind], activation
-        weight_dtype = {Int8Linear: torch.int8, AfterGelu: torch.int8, Bfloat16Linear: torch.bfloat16}
-        size = (inputs, outputs) if self.is_int8 else (outputs, inputs)  # oneDNN transposes what it packs in int8
-        self.register_buffer("weight", torch.empty(size, dtype=weight_dtype.get(self.kind, dtype)))
-        self.register_buffer("bias", torch.empty(outputs, dtype=torch.float32 if self.is_int8 else self.weight.dtype))
-        if self.is_int8:
-            self.register_buffer("scale", torch.empty(outputs))
-            self.register_buffer("zero_points", torch.empty(outputs, dtype=torch.int32))
-            # Handed in too: what is a number in the graph would be a constant that no package holds
-            self.register_buffer("unit", torch.tensor(1.0))
-            self.register_buffer("centre", torch.tensor(self.kind.centre, dtype=torch.int32))
-
-    @property
-    def is_int8(self) -> bool:
-        return issubclass(self.kind, Int8Linear)
+        dtype = torch.bfloat16 if self.kind is Bfloat16Linear else dtype
+        self.register_buffer("weight", torch.empty(outputs, inputs, dtype=dtype))
+        self.register_buffer("bias", torch.empty(outputs, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs) -> (N, outputs), in float32 for products of bytes, else in the weight's dtype."""
-        if self.is_int8:
-            scale = (self.largest(x) / self.kind.levels).clamp_min(self.kind.finest)  # (N, 1)
-            rounded = (torch.round(x * scale.reciprocal()) + self.kind.centre).to(torch.uint8)
-            product = torch.ops.onednn.qlinear_pointwise.tensor(
-                rounded, self.unit, self.centre, self.weight, self.scale, self.zero_points, None, 1.0, 0,
-                torch.float32, "none", [], "",
-            )  # fmt: skip
-            return self.activated(product * scale + self.bias)
+        """(N, inputs) -> (N, outputs), in the weight's dtype."""
         post_op, algorithm = POST_OPS.get(self.activation, ("none", "")) if self.kind.fuses else ("none", "")
         x = x.to(self.weight.dtype)
         y = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, post_op, [], algorithm)
         return y if post_op != "none" else self.activated(y)
 
-    def largest(self, x: Tensor) -> Tensor:
-        return x.amax(1, keepdim=True) if self.kind is AfterGelu else x.abs().amax(1, keepdim=True)
-
     def activated(self, y: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](y) if self.activation else y
+
+
+class BytesProduct(Product):
+    """The same in bytes, by oneDNN: what Int8Linear computes. Gives float32."""
+
+    def __init__(self, kind: str, inputs: int, outputs: int, dtype: torch.dtype, activation: str = ""):
+        super().__init__(kind, inputs, outputs, torch.float32, activation)
+        self.register_weights(inputs, outputs)
+        self.register_buffer("scale", torch.empty(outputs))
+
+    def register_weights(self, inputs: int, outputs: int) -> None:
+        self.weight = torch.empty(inputs, outputs, dtype=torch.int8)  # oneDNN transposes what it packs in int8
+        self.register_buffer("zero_points", torch.empty(outputs, dtype=torch.int32))
+        # Handed in too: what is a number in the graph would be a constant that no package holds
+        self.register_buffer("unit", torch.tensor(1.0))
+        self.register_buffer("centre", torch.tensor(self.kind.centre, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs) -> (N, outputs)."""
+        largest = x.amax(1, keepdim=True) if issubclass(self.kind, Int8AfterGelu) else x.abs().amax(1, keepdim=True)
+        scale = (largest / self.kind.levels).clamp_min(self.kind.finest)  # (N, 1)
+        return self.activated(self.multiply(x * scale.reciprocal()) * scale + self.bias)
+
+    def multiply(self, steps: Tensor) -> Tensor:
+        return torch.ops.onednn.qlinear_pointwise.tensor(
+            (torch.round(steps) + self.kind.centre).to(torch.uint8), self.unit, self.centre,
+            self.weight, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+
+
+class FbgemmProduct(BytesProduct):
+    """The same by FBGEMM: what FbgemmInt8Linear computes."""
+
+    def register_weights(self, inputs: int, outputs: int) -> None:
+        self.weight = torch.empty(outputs, inputs, dtype=torch.int8)
+        like = self.kind.of_levels(torch.zeros(outputs, inputs, dtype=torch.int8))
+        for name in ("packed", "offsets", "zeros", "bounds"):
+            self.register_buffer(name, torch.empty_like(getattr(like, name)))
+
+    def multiply(self, steps: Tensor) -> Tensor:
+        # A stand-in for torch's own operation, which cannot be recorded: see compiling.py
+        product = torch.ops.minibert.fbgemm_linear_int8_weight_fp32_activation(
+            torch.cat([steps, self.bounds]), self.weight, self.packed, self.offsets, 1.0, 0, self.zeros
+        )
+        return product[: steps.shape[0]] * self.scale
+
+
+def product(kind: str, inputs: int, outputs: int, dtype: torch.dtype, activation: str = "") -> Product:
+    """One linear layer of the graph, of one of the KINDS."""
+    is_int8, is_fbgemm = (issubclass(KINDS[kind], parent) for parent in (Int8Linear, FbgemmInt8Linear))
+    chosen = FbgemmProduct if is_fbgemm else BytesProduct if is_int8 else Product
+    return chosen(kind, inputs, outputs, dtype, activation)
 
 
 class Norm(nn.Module):
@@ -168,19 +203,19 @@ class Layer(nn.Module):
         dtype, D = getattr(torch, shape.dtype), shape.hidden
         self.heads, self.attention_dtype = shape.heads, getattr(torch, shape.attention)
         if shape.linear == shape.careful:
-            self.inputs = nn.ModuleList([Product(shape.linear, D, 3 * D, dtype)])
+            self.inputs = nn.ModuleList([product(shape.linear, D, 3 * D, dtype)])
         else:
-            self.inputs = nn.ModuleList([Product(shape.linear, D, 2 * D, dtype), Product(shape.careful, D, D, dtype)])
-        self.projection = Product(shape.linear, D, D, dtype)
+            self.inputs = nn.ModuleList([product(shape.linear, D, 2 * D, dtype), product(shape.careful, D, D, dtype)])
+        self.projection = product(shape.linear, D, D, dtype)
         self.attention_norm = Norm(D, shape.epsilons[1], dtype)
-        self.up = Product(shape.linear, D, shape.feed_forward, dtype, shape.activation)
-        self.down = Product(shape.after_gelu, shape.feed_forward, D, dtype)
+        self.up = product(shape.linear, D, shape.feed_forward, dtype, shape.activation)
+        self.down = product(shape.after_gelu, shape.feed_forward, D, dtype)
         self.norm = Norm(D, shape.epsilons[1], dtype)
 
     def forward(self, x_ND: Tensor, places: Places, picked: Tensor | None) -> Tensor:
         """(N, D) -> (N, D), or (M, D) for the M picked tokens."""
         N, D = x_ND.shape
-        parts = [part.to(self.attention_dtype).view(N, -1, D) for part in (product(x_ND) for product in self.inputs)]
+        parts = [part.to(self.attention_dtype).view(N, -1, D) for part in (linear(x_ND) for linear in self.inputs)]
         query, key, value = (part[:, i] for part in parts for i in range(part.shape[1]))
         context = self.attend(*(x.view(N, self.heads, -1) for x in (query, key, value)), places, picked)
         if picked is not None:
@@ -276,7 +311,9 @@ def weights(engine: CpuEngine) -> dict[str, Tensor]:
         products |= {"projection": layer.projection, "up": layer.up, "down": layer.down}
         for name, linear in products.items():
             names = ["weight", "bias"]
-            if isinstance(linear, Int8Linear):
+            if isinstance(linear, FbgemmInt8Linear):
+                names += ["scale", "packed", "offsets", "zeros", "bounds"]
+            elif isinstance(linear, Int8Linear):
                 names += ["scale", "zero_points"]
                 found[f"layers.{number}.{name}.unit"] = torch.tensor(1.0)
                 found[f"layers.{number}.{name}.centre"] = torch.tensor(linear.centre, dtype=torch.int32)

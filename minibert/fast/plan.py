@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -18,19 +20,29 @@ from minibert.fast.encoder import CpuEngine, Kernels, Linear
 from minibert.fast.graph import shape_of
 from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
 from minibert.fast.optimized import OptimizedModel
-from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear, weight_levels
+from minibert.fast.quantize import (
+    Bfloat16Linear,
+    FbgemmInt8AfterGelu,
+    FbgemmInt8Linear,
+    Int8AfterGelu,
+    Int8Linear,
+    weight_levels,
+)
 from minibert.fast.race import race, wall_clock
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
 _ROWS = 256  # tokens at once: enough to be bound by arithmetic, few enough to stay in the cache
+_SHORT = 16  # tokens of a short text
 _SMALLEST = (384, 1536)  # what is measured is no smaller: threads that wait for each other would tell nothing
 _GAIN = 1.1  # a second copy of the weights must be faster by this much
 _LOSS = 4  # a dtype is refused when slower than float32 by this much, again and again: emulation is far slower still
 _TRIES = 3
 _EMULATED = 20  # and is not even tried in full size when slower by this much in a small one: it could take minutes
 # What a product may be off by, in units of its largest value
-_ALLOWED = {"plain": 0.0, "float32": 1e-4, "bfloat16": 0.03, "float16": 0.01, "int8": 0.1}
+_ALLOWED = {"plain": 0.0, "float32": 1e-4, "bfloat16": 0.03, "float16": 0.01, "int8": 0.1, "int8 by FBGEMM": 0.1}
+_FBGEMM = "int8 by FBGEMM"  # the other library that torch has for products of bytes
+_INT8 = {"int8": Int8Linear, _FBGEMM: FbgemmInt8Linear}
 _lock = threading.Lock()
 
 
@@ -61,7 +73,10 @@ class CpuPlan:
         if self.compile is False:
             return "no, as asked"
         # Where torch's own products are the fastest, operation by operation, a graph would still have oneDNN's
-        kernels = _compilable(self.dtype)[-1] if _can_be_prepacked(self.dtype, self.kernels) else self.kernels
+        kernels = self.kernels
+        if _can_be_prepacked(self.dtype, kernels):
+            float32 = _all(torch.float32, UnfusedLinear)
+            kernels = replace(kernels, careful=PrepackedLinear) if self.dtype == "int8" else float32
         shape = shape_of(model.base_model, kernels)
         if isinstance(shape, str):
             return f"no, {shape}"
@@ -84,15 +99,18 @@ class CpuPlan:
 @dataclass(frozen=True)
 class Speeds:
     """GFLOP/s by name, "plain" being float32 as torch does it; for what is left out, the obstacle. unfused: the dtypes
-    in which a GELU after oneDNN's product is faster than one within it.
+    in which a GELU after oneDNN's product is faster than one within it. fbgemm: how many times FBGEMM's products of
+    bytes are as fast as oneDNN's, by the number of tokens.
     """
 
     measured: dict[str, float]
     obstacles: dict[str, str]
     unfused: frozenset[str] = frozenset()
+    fbgemm: dict[int, float] = field(default_factory=dict)
 
     def of(self, name: str) -> float:
-        return self.measured.get(name, 0.0)
+        """Of the faster library, where there are two."""
+        return max(self.measured.get(each, 0.0) for each in (name, f"{name} by FBGEMM"))
 
     @property
     def float32(self) -> float:
@@ -102,8 +120,17 @@ class Speeds:
         """Is this clearly faster than float32?"""
         return self.of(name) > _GAIN * self.float32
 
+    @property
+    def by_fbgemm(self) -> bool:
+        """Whether bytes are for FBGEMM: a short text counts as much as a long one."""
+        if self.fbgemm:
+            return math.prod(self.fbgemm.values()) > 1
+        return _FBGEMM in self.measured and "int8" not in self.measured
+
     def receipts(self) -> list[str]:
         lines = [f"{name}: {speed:.0f} GFLOP/s" for name, speed in self.measured.items()]
+        times = ", ".join(f"{ratio:.2f} on {rows} tokens" for rows, ratio in self.fbgemm.items())
+        lines += [f"{_FBGEMM} against oneDNN: {times}"] * bool(times)
         lines += [f"{name}: oneDNN's GELU is slower than a pass of its own" for name in sorted(self.unfused)]
         return lines + [f"{name}: {obstacle}" for name, obstacle in self.obstacles.items()]
 
@@ -127,8 +154,8 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
         obstacle = _obstacle(name)
         if obstacle:
             obstacles[name] = obstacle
-        elif name == "int8":
-            kernels[name] = (Int8Linear, torch.float32)
+        elif name in _INT8:
+            kernels[name] = (_INT8[name], torch.float32)
         else:
             kernels[name] = (PrepackedLinear, getattr(torch, name))
     small, wrong = _race(kernels, 128, 128, rows=8)
@@ -148,20 +175,28 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
         with_gelu, _ = _race({"unfused": (UnfusedLinear, dtype), name: (PrepackedLinear, dtype)}, D, F, _ROWS, "gelu")
         if with_gelu["unfused"] < with_gelu.get(name, float("inf")):
             unfused.add(name)
+    both = {name: kernels[name] for name in _INT8 if name in seconds}
+    fbgemm = {}
+    if len(both) == 2:
+        short, _ = _race({"plain": kernels["plain"], **both}, D, F, _SHORT)
+        fbgemm = {rows: times["int8"] / times[_FBGEMM] for rows, times in ((_SHORT, short), (_ROWS, seconds))}
     speeds = {name: 2 * _ROWS * D * F / s / 1e9 for name, s in seconds.items()}
-    return Speeds(speeds, obstacles | wrong, frozenset(unfused))
+    return Speeds(speeds, obstacles | wrong, frozenset(unfused), fbgemm)
 
 
 def _obstacle(name: str) -> str:
     """Why this build of torch or this CPU cannot compute in a dtype by oneDNN, or ""."""
-    if not torch.backends.mkldnn.is_available():
-        return "torch is built without oneDNN"
+    library, has = ("oneDNN", torch.backends.mkldnn.is_available())
+    if name == _FBGEMM:
+        library, has = ("FBGEMM", "fbgemm" in torch.backends.quantized.supported_engines)
+    if not has:
+        return f"torch is built without {library}"
     try:  # these operations are torch's own affair, and may change or go with any version
         if name in ("bfloat16", "float16"):
             short = {"bfloat16": "bf16", "float16": "fp16"}[name]
             if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported")():
                 return "oneDNN has no kernels for this CPU"
-        if name == "int8" and not weight_levels():
+        if name in _INT8 and not weight_levels(_INT8[name]):
             return "this CPU's products of bytes saturate"
     except Exception as failure:
         return f"not as this version of torch has it ({type(failure).__name__}: {str(failure).splitlines()[0]:.80})"
@@ -205,7 +240,7 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
             package = None if isinstance(shape, str) else compiled.find(shape)
             if package is not None:
                 return CpuPlan(wanted, kernels, package.measured, compile)
-    others = {"auto": ["bfloat16"], "int8": ["int8", "bfloat16"], "float32": []}.get(wanted, [wanted])
+    others = {"auto": ["bfloat16"], "int8": [*_INT8, "bfloat16"], "float32": []}.get(wanted, [wanted])
     for attempt in range(_TRIES):  # other work on the machine makes everything look slow at times
         speeds = measure(others, model.config.hidden_size, model.config.intermediate_size, attempt)
         if wanted in ("auto", "float32") or speeds.of(wanted) > speeds.float32:
@@ -218,11 +253,12 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
     kernels = _kernels(wanted, speeds)
     can_compile = compile and speeds.of("float32") and not compiled.compiler_obstacle()
     if can_compile and _can_be_prepacked(wanted, kernels):
-        kernels = _int8(PrepackedLinear) if wanted == "int8" else _all(torch.float32, _prepacked("float32", speeds))
+        prepacked = _prepacked("float32", speeds)
+        kernels = replace(kernels, careful=PrepackedLinear) if wanted == "int8" else _all(torch.float32, prepacked)
         why += "; float32 by oneDNN, which can be compiled"
     if kernels.careful is not kernels.linear:
         why += f"; values and heads on {kernels.careful.__name__}, attention in {NAMES[kernels.attention]}"
-    if wanted == "int8" and weight_levels() < 127:
+    if wanted == "int8" and weight_levels(kernels.linear) < 127:
         why += "; weights of 7 bits, since this CPU adds products of bytes in 16 bits, which saturates"
     chosen = f"chosen: {wanted} on {kernels.linear.__name__}, {why}"
     return CpuPlan(wanted, kernels, (_threads(), *speeds.receipts(), chosen), compile)
@@ -232,7 +268,7 @@ def _kernels(name: str, speeds: Speeds) -> Kernels:
     packs = speeds.of("float32") > _GAIN * speeds.of("plain")
     if name == "int8":
         bfloat16 = speeds.gains("bfloat16") and "bfloat16" not in speeds.obstacles
-        return _int8(Bfloat16Linear if bfloat16 else PrepackedLinear if packs else PlainLinear)
+        return _int8(speeds.by_fbgemm, Bfloat16Linear if bfloat16 else PrepackedLinear if packs else PlainLinear)
     if name == "float32":
         return _all(torch.float32, _prepacked(name, speeds) if packs else PlainLinear)
     return _all(getattr(torch, name), PlainLinear if name in speeds.obstacles else _prepacked(name, speeds))
@@ -245,7 +281,7 @@ def _prepacked(name: str, speeds: Speeds) -> type[Linear]:
 def _compilable(name: str) -> list[Kernels]:
     """The kernels that a compiled pass in a dtype may have."""
     if name == "int8":
-        return [_int8(Bfloat16Linear), _int8(PrepackedLinear)]
+        return [_int8(*each) for each in product((True, False), (Bfloat16Linear, PrepackedLinear))]
     return [] if name == "auto" else [_all(getattr(torch, name), linear) for linear in (PrepackedLinear, UnfusedLinear)]
 
 
@@ -254,9 +290,10 @@ def _can_be_prepacked(name: str, kernels: Kernels) -> bool:
     return name in ("float32", "int8") and PlainLinear in (kernels.linear, kernels.careful)
 
 
-def _int8(careful: type[Linear]) -> Kernels:
+def _int8(by_fbgemm: bool, careful: type[Linear]) -> Kernels:
     attention = torch.bfloat16 if careful is Bfloat16Linear else torch.float32
-    return Kernels(torch.float32, Int8Linear, Int8AfterGelu, careful, attention, rows=_ROWS)
+    linear, after_gelu = (FbgemmInt8Linear, FbgemmInt8AfterGelu) if by_fbgemm else (Int8Linear, Int8AfterGelu)
+    return Kernels(torch.float32, linear, after_gelu, careful, attention, rows=_ROWS)
 
 
 def _all(dtype: torch.dtype, linear: type[Linear]) -> Kernels:

@@ -219,14 +219,19 @@ class TestOnePackage:
 @needs_onednn
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.skipif(bool(plan._obstacle("int8")), reason="no exact products of bytes on this CPU")
-def test_int8_in_one_graph(tmp_path, monkeypatch):
+@pytest.mark.parametrize("by_fbgemm", [False, True])
+def test_int8_in_one_graph(tmp_path, monkeypatch, by_fbgemm):
+    name = plan._FBGEMM if by_fbgemm else "int8"
+    if plan._obstacle(name):
+        pytest.skip(plan._obstacle(name))
     monkeypatch.setenv("MINIBERT_CACHE", str(tmp_path))
-    monkeypatch.setattr(plan, "_LOSS", float("inf"))
+    speeds = plan.Speeds({"plain": 1.0, "float32": 2.0, name: 4.0}, {})
+    monkeypatch.setattr(plan, "measure", lambda names, D, F, attempt=0: speeds)
     model = small(hidden_size=96)
     fast, eager = optimize(model, "int8", compile=True), optimize(model, "int8", compile=False)
     assert fast.engine.compiled, fast.explain()
-    for rows in ([[5, 6, 7]], [[9] * 32, [8] * 3]):
+    assert ("Fbgemm" in fast.explain()) == by_fbgemm
+    for rows in ([[5, 6, 7]], [[9] * 32, [8] * 3], [[7] * 32] * 20):
         with torch.no_grad():
             exact = torch.cat([model(torch.tensor([row])).last_hidden_state[0] for row in rows])
         wrong = [float((engine.encode_rows(rows)[0] - exact).norm() / exact.norm()) for engine in (fast, eager)]
@@ -347,13 +352,15 @@ def test_rows_computed_together():
     draw = random.Random(1)
     for _ in range(50):
         lengths = [draw.choice([1, 7, 40, 128, 512]) for _ in range(draw.randint(1, 90))]
-        groups = compiled.split(lengths)
+        most = draw.choice([300, 512, 4096])
+        groups = compiled.split(lengths, most)
         assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
         for group in groups:
             assert group
             longest, tokens = max(lengths[row] for row in group), sum(lengths[row] for row in group)
             squares = sum(lengths[row] ** 2 for row in group)
-            assert len(group) == 1 or compiled._fits(len(group), longest, tokens, squares)
+            assert len(group) == 1 or compiled._fits(len(group), longest, tokens, squares, most)
     assert compiled.split([32] * 32) == [list(range(32))]
-    assert compiled.split([512]) == [[0]]
+    assert compiled.split([32] * 32, 512) == [list(range(16)), list(range(16, 32))]
+    assert compiled.split([512]) == compiled.split([512], 300) == [[0]]
     assert len(compiled.split([512] * 64)) > 1

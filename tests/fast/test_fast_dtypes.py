@@ -7,8 +7,9 @@ from test_fast import close, make, masks, text
 from minibert import BertForMaskedLM, BertModel, optimize
 from minibert.activations import Activation
 from minibert.fast import onednn, plan
+from minibert.fast.encoder import GELUS
 from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
-from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
+from minibert.fast.quantize import Bfloat16Linear, FbgemmInt8AfterGelu, FbgemmInt8Linear, Int8AfterGelu, Int8Linear
 
 
 def error(got, exact):
@@ -22,7 +23,12 @@ def fast_at(name):
         pytest.skip(f"this CPU is slow at {name}")
 
 
-MISSING = {name: reason for name in ("bfloat16", "int8") if (reason := plan._obstacle(name))}
+MISSING = {name: reason for name in ("bfloat16", "int8", plan._FBGEMM) if (reason := plan._obstacle(name))}
+# Both libraries that have products of bytes, and what is for any numbers and for what a GELU gave
+INT8 = [
+    pytest.param(*kinds, marks=pytest.mark.skipif(name in MISSING, reason=f"{name}: {MISSING.get(name)}"), id=name)
+    for name, kinds in (("int8", (Int8Linear, Int8AfterGelu)), (plan._FBGEMM, (FbgemmInt8Linear, FbgemmInt8AfterGelu)))
+]
 
 
 @pytest.fixture
@@ -41,10 +47,14 @@ def test_linear_layers(rows, inputs, outputs):
     weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
     exact = x.double() @ weight.double().T + bias
     allowed = {
-        **dict.fromkeys((PlainLinear, PrepackedLinear, UnfusedLinear), 1e-6), Bfloat16Linear: 0.01, Int8Linear: 0.02
-    }  # fmt: skip
-    if "bfloat16" in MISSING:
-        del allowed[Bfloat16Linear]
+        **dict.fromkeys((PlainLinear, PrepackedLinear, UnfusedLinear), 1e-6),
+        Bfloat16Linear: 0.01,
+        Int8Linear: 0.02,
+        FbgemmInt8Linear: 0.02,
+    }
+    for name, linear in (("bfloat16", Bfloat16Linear), (plan._FBGEMM, FbgemmInt8Linear)):
+        if name in MISSING:
+            del allowed[linear]
     for linear, bound in allowed.items():
         layer = linear(weight, bias)
         assert error(layer(x), exact) < bound, linear
@@ -76,25 +86,49 @@ def test_without_onednns_gelu_the_other_is_taken(monkeypatch):
     assert speeds.unfused == {"float32"} & speeds.measured.keys()
 
 
-def test_int8_scales_each_token_and_each_channel():
+@pytest.mark.parametrize(("linear", "after_gelu"), INT8)
+def test_int8_scales_each_token_and_each_channel(linear, after_gelu):
     torch.manual_seed(0)
     x = torch.randn(6, 64) * torch.tensor([1e-3, 1.0, 1e3, 1e-6, 0.0, 30.0])[:, None]
     weight = torch.randn(48, 64) * torch.logspace(-4, 2, 48)[:, None]
-    exact, got = x.double() @ weight.double().T, Int8Linear(weight, torch.zeros(48))(x)
+    exact, got = x.double() @ weight.double().T, linear(weight, torch.zeros(48))(x)
     for row in (0, 1, 2, 3, 5):
         assert error(got[row] / weight.norm(dim=1), exact[row] / weight.norm(dim=1)) < 0.02
     assert not got[4].any()
 
 
-def test_int8_after_gelu_uses_the_sign_bit():
+@pytest.mark.parametrize(("linear", "after_gelu"), INT8)
+def test_int8_after_gelu_uses_the_sign_bit(linear, after_gelu):
     torch.manual_seed(0)
     x = torch.nn.functional.gelu(torch.randn(50, 256) * 2)
     weight = torch.randn(64, 256)
     exact, zeros = x.double() @ weight.double().T, torch.zeros(64)
     activations_only = weight.sign()  # exact in eight bits
     exact = x.double() @ activations_only.double().T
-    halved = error(Int8AfterGelu(activations_only, zeros)(x), exact)
-    assert halved < 0.7 * error(Int8Linear(activations_only, zeros)(x), exact)
+    halved = error(after_gelu(activations_only, zeros)(x), exact)
+    assert halved < 0.7 * error(linear(activations_only, zeros)(x), exact)
+
+
+@pytest.mark.parametrize(("linear", "after_gelu"), INT8)
+def test_int8_of_a_token_depends_on_no_other(linear, after_gelu):
+    """FBGEMM by itself takes one scale for all rows: from the largest and the smallest number that come."""
+    torch.manual_seed(0)
+    any_numbers = torch.randn(400, 384) * torch.logspace(-3, 3, 400)[:, None]
+    for kind, x in ((linear, any_numbers), *((after_gelu, Activation(name)(any_numbers)) for name in GELUS)):
+        layer = kind(torch.randn(64, 384), torch.randn(64))
+        together = layer(x)
+        for rows in ([0], [17], [399], [3, 200], list(range(0, 400, 7))):
+            assert torch.equal(layer(x[rows]), together[rows]), (kind, rows)
+
+
+def test_the_library_of_int8_is_chosen_by_short_and_long_texts():
+    measured = {"plain": 1.0, "int8": 8.0, plan._FBGEMM: 7.0}
+    for fbgemm, expected in (({16: 1.9, 256: 0.9}, True), ({16: 1.9, 256: 0.5}, False), ({16: 0.9, 256: 1.0}, False)):
+        speeds = plan.Speeds(measured, {}, fbgemm=fbgemm)
+        assert speeds.by_fbgemm == expected
+        assert f"{fbgemm[16]:.2f} on 16 tokens, {fbgemm[256]:.2f} on 256 tokens" in "".join(speeds.receipts())
+    assert plan.Speeds({"plain": 1.0, plan._FBGEMM: 7.0}, {}).by_fbgemm
+    assert not plan.Speeds({"plain": 1.0, "int8": 7.0}, {}).by_fbgemm
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.03), ("int8", 0.05)])

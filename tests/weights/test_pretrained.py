@@ -355,8 +355,11 @@ def as_nobody(tmp_path: Path) -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    for parent in (tmp_path, *tmp_path.parents[:2]):  # pytest's own folders, closed to others
-        parent.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):  # pytest's own folders, closed to others
+        if folder.name.startswith("pytest-of-"):
+            break
+        folder.chmod(0o755)
+    folder.chmod(0o755)
     os.seteuid(65534)
     try:
         yield
