@@ -60,8 +60,9 @@ class Packing:
 
     def pack(self, x_BT: Tensor) -> Tensor:
         """(B, T, ...) or (1, T, ...) -> (N, ...)."""
-        x_BT = x_BT.expand(*self.shape, *x_BT.shape[2:])
-        flat = x_BT.reshape(-1, *x_BT.shape[2:])
+        if x_BT.shape[:2] != self.shape:
+            x_BT = x_BT.expand(*self.shape, *x_BT.shape[2:])
+        flat = x_BT.flatten(0, 1)
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def unpack(self, x_N: Tensor) -> Tensor:
@@ -112,13 +113,9 @@ def packing(attention_mask: Tensor | None, B: int, T: int, dtype: torch.dtype, w
 
 def pack_ids(plan: Packing, words: Tensor | None, segments: Tensor | None, positions: Tensor | None) -> Tensor:
     """(3, N): word (0 if embeddings are given instead), segment and position of each computed token."""
-    ids_3N = torch.zeros(3, plan.tokens, dtype=torch.long)
-    if words is not None:
-        ids_3N[0] = plan.pack(words)
-    if segments is not None:
-        ids_3N[1] = plan.pack(segments)
-    ids_3N[2] = plan.pack(torch.arange(plan.shape[1])[None] if positions is None else positions)
-    return ids_3N
+    given = (words, segments, torch.arange(plan.shape[1])[None] if positions is None else positions)
+    zeros = None if words is not None and segments is not None else torch.zeros(plan.tokens, dtype=torch.long)
+    return torch.stack([zeros if each is None else plan.pack(each).long() for each in given])
 
 
 def pack_rows(rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None) -> Batch:

@@ -324,14 +324,15 @@ def test_a_package_depends_on_shape_cpu_torch_and_code(monkeypatch):
     for changes in ({"num_hidden_layers": 3}, {"hidden_act": "relu"}, {"layer_norm_eps": 1e-5}, {"vocab_size": 121},
                     {"num_attention_heads": 6}):  # fmt: skip
         keys.add(compiled.key(shape_of(small(**changes), PREPACKED)))
-    keys.add(compiled.key(shape_of(small(), plan._int8(plan.PrepackedLinear))))
+    for by_fbgemm in (False, True):
+        keys.add(compiled.key(shape_of(small(), plan._int8(by_fbgemm, plan.PrepackedLinear))))
     monkeypatch.setattr(compiled, "_cpu", lambda: ("another",))
     keys.add(compiled.key(shape))
     monkeypatch.setattr(compiled, "_code", lambda: "changed")
     keys.add(compiled.key(shape))
     monkeypatch.setattr(torch, "__version__", "9.9")
     keys.add(compiled.key(shape))
-    assert len(keys) == 10
+    assert len(keys) == 11
 
 
 def test_layers_of_different_sizes_are_no_graph():
