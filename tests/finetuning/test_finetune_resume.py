@@ -60,6 +60,29 @@ def test_resumed_runs_end_in_the_same_bits(start, trained, tmp_path, monkeypatch
     assert_same_end(trained / "run", tmp_path / "run")
 
 
+def test_the_best_epoch_before_the_stop_stays_the_best(start, trained, tmp_path, monkeypatch):
+    """Epochs after it that are worse do not take its place, in the state or in the model that is kept."""
+    scores, step = {1: 0.9, 2: 0.5, 3: 0.7}, loop.FineTuning.train_step
+
+    def interrupted(self):
+        loss = step(self)
+        if self.step == 15:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(loop.FineTuning, "validate", lambda self: {"accuracy": scores[self.step // self.epoch_steps]})
+    arguments = (trained / "train.csv", trained / "dev.csv", "classification")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.FineTuning, "train_step", interrupted)
+        assert run(start, tmp_path / "run", *arguments) == 130
+    kept = (tmp_path / "run/model/model.safetensors").read_bytes()
+    assert resume(tmp_path / "run") == 0
+    assert [line["accuracy"] for line in metrics_of(tmp_path / "run")] == [0.9, 0.5, 0.7]
+    best = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["best"]
+    assert (best["epoch"], best["accuracy"]) == (1, 0.9)
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == kept
+
+
 def test_more_epochs(start, trained, tmp_path, capsys):
     shutil.copytree(trained / "run", tmp_path / "run")
     assert resume(tmp_path / "run", "--epochs", 5) == 0
