@@ -237,7 +237,7 @@ class Encoder:
             return ""
         if name not in self.prompts:
             raise ValueError(f"prompt_name={name!r}: {self._known_prompts()}")
-        return self.prompts[name]
+        return check_text(self.prompts[name] or "", f"prompts[{name!r}]")  # the dict can be written to
 
     def _known_prompts(self) -> str:
         return f"the model has the prompts {', '.join(map(repr, self.prompts))}"

@@ -91,18 +91,33 @@ def semantic_search(
 
 
 def as_rows(embeddings: Any, name: str) -> Tensor:
-    """One vector or several, as arrays, tensors or lists, as a tensor (n, D) in float32 or float64."""
+    """One vector or several, as arrays, tensors or lists, as a tensor (n, D) in float32 or float64.
+
+    Raises TypeError for what are no real numbers, ValueError for another number of dimensions.
+    """
     if isinstance(embeddings, (list, tuple)) and embeddings and isinstance(embeddings[0], Tensor):
         embeddings = torch.stack(list(embeddings))
     if not isinstance(embeddings, Tensor):
-        array = np.asarray(embeddings)
-        embeddings = torch.from_numpy(array if array.flags.writeable else array.copy())
+        embeddings = torch.from_numpy(_as_array(embeddings, name))
+    if embeddings.is_complex():
+        raise TypeError(f"{name} must be vectors of real numbers, got {embeddings.dtype}")
     # Sums of products in half precision or in whole numbers would be wrong, and some do not exist on a CPU
     rows = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2:
         raise ValueError(f"{name} must be one vector or several, got shape {tuple(rows.shape)}")
     return rows
+
+
+def _as_array(embeddings: Any, name: str) -> np.ndarray:
+    """An array that torch takes: in this machine's order of bytes, no axis of it backwards, and writeable."""
+    array = np.asarray(embeddings)
+    if array.dtype.kind not in "biufc":  # bool, whole, real and complex numbers
+        raise TypeError(f"{name} must be vectors of numbers, got {type(embeddings).__name__} of {array.dtype}")
+    if array.dtype == np.longdouble:
+        array = array.astype(np.float64)
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    return array if array.flags.writeable else array.copy()
 
 
 def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -359,6 +359,9 @@ def test_prompts_that_are_not_there(tiny):
     assert np.array_equal(tiny.encode_query(TEXTS), tiny.encode(TEXTS))
     tiny.default_prompt_name = "other"
     assert np.array_equal(tiny.encode_document(TEXTS), tiny.encode(TEXTS, prompt="o: "))
+    tiny.prompts["query"] = 5  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"prompts\['query'\] must be a str, got int 5"):
+        tiny.encode_query(TEXTS)
     tiny.prompts = {"corpus": "c: ", "passage": "p: "}
     assert np.array_equal(tiny.encode_document(TEXTS), tiny.encode(TEXTS, prompt="p: "))
 
@@ -447,6 +450,9 @@ def test_similarity_of_whatever_comes(tiny):
     array = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
     frozen = array.copy()
     frozen.flags.writeable = False
+    others = [array.astype(kind) for kind in (np.float64, ">f4", np.longdouble)]
+    others += [torch.from_numpy(array), array.tolist(), list(array), np.asfortranarray(array)]
+    others += [array[::-1].copy()[::-1]]  # backwards in memory
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("cosine", "dot", "euclidean", "manhattan"):
@@ -454,7 +460,7 @@ def test_similarity_of_whatever_comes(tiny):
             expected, exact = (tiny.similarity(x, x) for x in (array, array.astype(np.float64)))
             pairs, turned = array[::-1].copy(), exact.flip(1).diagonal()
             assert_as_exact(tiny.similarity_pairwise(array, pairs), expected.flip(1).diagonal(), turned, factor=8)
-            for other in (frozen, array.astype(np.float64), torch.from_numpy(array), array.tolist(), list(array)):
+            for other in (frozen, *others):
                 assert_as_exact(tiny.similarity(array, other), expected, exact)
                 assert_as_exact(tiny.similarity(other, array), expected, exact)
                 assert tiny.similarity_pairwise(other, array).shape == (3,)
@@ -464,6 +470,9 @@ def test_similarity_of_whatever_comes(tiny):
                 assert_as_exact(tiny.similarity(rounded, array), tiny.similarity(rounded.float(), array), exact)
             quantized = (array * 40).astype(np.int8)
             assert tiny.similarity(quantized, quantized).shape == (3, 3)
+    for wrong in (None, ["a"], array.astype(object), array.astype(np.complex64)):
+        with pytest.raises(TypeError, match="embeddings2 must be vectors of (real )?numbers, got"):
+            tiny.similarity(array, wrong)
     with pytest.raises(ValueError, match="vectors of 32 numbers cannot be compared with vectors of 5"):
         tiny.similarity(array, array[:, :5])
     with pytest.raises(ValueError, match="embeddings1 are 3 vectors and embeddings2 2"):
