@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, overload
 
 import minibert
+
+if TYPE_CHECKING:
+    import torch
+
+    from minibert.weights.checkpoint import LoadReport
 
 M = TypeVar("M")
 
@@ -15,9 +20,11 @@ class _Auto(Generic[M]):
 
     makes: ClassVar[str]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # to mypy, a class that says NoReturn has no methods
         raise TypeError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(name_or_path)")
 
+
+class _AutoPart(_Auto[M]):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> M:
         """As that of the class; raises the same errors."""
@@ -25,13 +32,42 @@ class _Auto(Generic[M]):
 
 
 class _AutoModel(_Auto[M]):
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        output_loading_info: Literal[False] = ...,
+        dtype: torch.dtype | str | None = ...,
+        device: torch.device | str | None = ...,
+        **options: Any,
+    ) -> M: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        output_loading_info: Literal[True],
+        dtype: torch.dtype | str | None = ...,
+        device: torch.device | str | None = ...,
+        **options: Any,
+    ) -> tuple[M, LoadReport]: ...
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+        """As that of the class; raises the same errors."""
+        return getattr(minibert, cls.makes).from_pretrained(pretrained_model_name_or_path, **options)
+
     @classmethod
     def from_config(cls, config: Any, **options: Any) -> M:
         """A new model, its weights initialised, of a copy of the config. Takes `dtype` and `attn_implementation`."""
         return getattr(minibert, cls.makes)._from_config(config, **options)
 
 
-class AutoConfig(_Auto["minibert.BertConfig"]):
+class AutoConfig(_AutoPart["minibert.BertConfig"]):
     """BertConfig by transformers' general name."""
 
     makes = "BertConfig"
@@ -42,7 +78,7 @@ class AutoConfig(_Auto["minibert.BertConfig"]):
         return minibert.BertConfig(model_type=model_type, **fields)
 
 
-class AutoTokenizer(_Auto["minibert.BertTokenizer"]):
+class AutoTokenizer(_AutoPart["minibert.BertTokenizer"]):
     """BertTokenizer by transformers' general name."""
 
     makes = "BertTokenizer"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.checks import check_count, check_text
+from minibert.config import BertConfig
 from minibert.embedding import similarity
 from minibert.embedding.modules import Dense, Pooling
 from minibert.embedding.options import Options
@@ -72,6 +73,13 @@ class Encoder:
     def plain(self) -> BertModel:
         """The model whose parameters are computed with: `model` itself, or what it was optimized from."""
         return self.model.model if isinstance(self.model, OptimizedModel) else self.model
+
+    transformers_model = plain  # sentence-transformers' name
+
+    @property
+    def config(self) -> BertConfig:
+        """The config of the model inside."""
+        return self.plain.config
 
     @property
     def device(self) -> torch.device:

@@ -89,6 +89,8 @@ def embed_file(
     output, resumable = Path(output), os.fspath(source) != STANDARD_INPUT
     if output.is_dir() or (resumable and output.exists() and output.samefile(source)):
         raise ValueError(f"output {output} is {'a directory' if output.is_dir() else 'the input'}: name another file")
+    if output.exists() and not output.is_file():  # a device, say, whose place the finished file would take
+        raise ValueError(f"output {output} is no ordinary file: name another")
     width = encoder.width(chosen.truncate_dim)
     with _alone(output), opened(os.fspath(source)) as stream:
         begin = _begin(output, width, _settings(encoder, chosen), resumable)

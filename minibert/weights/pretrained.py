@@ -360,8 +360,16 @@ def as_device(device: torch.device | str | None) -> torch.device:
         device = torch.device(device or "cpu")
     except RuntimeError as error:
         raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}: torch finds no CUDA GPU here; use 'cpu'")
+    if device.type == "cuda":  # nothing is put there: a process that only starts others must not hold a GPU
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={str(device)!r}: torch finds no CUDA GPU here; use 'cpu'")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device={str(device)!r}: torch finds {torch.cuda.device_count()} CUDA GPUs here")
+        return device
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each kind of device says in its own way that it is not here
+        raise ValueError(f"device={str(device)!r}: {str(error).splitlines()[0]}") from None
     return device
 
 

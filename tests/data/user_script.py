@@ -8,6 +8,16 @@ import numpy as np
 import torch
 
 from minibert import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
     BatchEncoding,
     BertConfig,
     BertForMaskedLM,
@@ -21,9 +31,18 @@ from minibert import (
     BertPreTrainedModel,
     BertTokenizer,
     BertTokenizerFast,
+    FeatureExtractionPipeline,
+    FillMaskPipeline,
     NextSentence,
+    NextSentencePipeline,
+    Pipeline,
+    QuestionAnsweringPipeline,
     SentenceEncoder,
+    TextClassificationPipeline,
+    TokenClassificationPipeline,
+    ZeroShotClassificationPipeline,
     optimize,
+    parity,
     pipeline,
     semantic_search,
     study,
@@ -47,6 +66,22 @@ def load(directory: Path) -> BertModel:
     return model.eval()
 
 
+def load_by_auto(directory: Path) -> BertForSequenceClassification:
+    config: BertConfig = AutoConfig.from_pretrained(directory)
+    tokenizer: BertTokenizer = AutoTokenizer.from_pretrained(directory)
+    encoder: BertModel = AutoModel.from_pretrained(directory)
+    words: BertForMaskedLM = AutoModelForMaskedLM.from_pretrained(directory)
+    both: BertForPreTraining = AutoModelForPreTraining.from_pretrained(directory)
+    choice: BertForMultipleChoice = AutoModelForMultipleChoice.from_pretrained(directory)
+    following: BertForNextSentencePrediction = AutoModelForNextSentencePrediction.from_pretrained(directory)
+    answers, report = AutoModelForQuestionAnswering.from_pretrained(directory, output_loading_info=True)
+    checked: BertForQuestionAnswering = answers
+    tags: BertForTokenClassification = AutoModelForTokenClassification.from_pretrained(directory)
+    print(config.hidden_size, len(tokenizer), encoder.dtype, words.num_parameters(), both.device)
+    print(choice, following, checked, report["missing_keys"], tags)
+    return AutoModelForSequenceClassification.from_pretrained(directory, num_labels=3)
+
+
 def tokenize(texts: list[str]) -> torch.Tensor:
     tokenizer = BertTokenizer.from_pretrained("bert-base-uncased")
     fast: BertTokenizer = BertTokenizerFast.from_pretrained("bert-base-uncased")
@@ -62,12 +97,17 @@ def embed(texts: list[str]) -> np.ndarray:
     tensor = encoder.encode([("a", "b")], convert_to_tensor=True)
     print(vectors.shape, tensor.device, encoder.similarity(vectors, vectors), semantic_search(vectors, vectors))
     encoder.save_pretrained("here")
+    pool = encoder.start_multi_process_pool(["cpu", "cpu"])
+    print(encoder.encode_multi_process(texts, pool, batch_size=8))
+    encoder.stop_multi_process_pool(pool)
+    for chunk in encoder.encode_stream(iter(texts), chunk_size=100):
+        print(chunk.shape)
     return vectors
 
 
 def compute(model: BertModel, ids: torch.Tensor) -> None:
     fast = optimize(model, "bfloat16")
-    print(fast.explain(), fast(ids).last_hidden_state, study.trace)
+    print(fast.explain(), fast(ids).last_hidden_state, study.trace, parity.compare)
 
 
 def answer() -> None:
@@ -77,3 +117,17 @@ def answer() -> None:
     print(pipeline("question-answering", "some/model")(question="Who?", context="Her."))
     print(pipeline("feature-extraction")("text"))
     print(pipeline("next-sentence-prediction")(("a", "b")))
+
+
+def answer_by_class(model: BertForMaskedLM, tokenizer: BertTokenizer) -> list[Pipeline]:
+    fill = FillMaskPipeline(model, tokenizer, top_k=2)
+    others: list[type[Pipeline]] = [
+        FeatureExtractionPipeline,
+        NextSentencePipeline,
+        QuestionAnsweringPipeline,
+        TextClassificationPipeline,
+        TokenClassificationPipeline,
+        ZeroShotClassificationPipeline,
+    ]
+    print(fill("Paris is the [MASK] of France."), [kind.task for kind in others])
+    return [fill]

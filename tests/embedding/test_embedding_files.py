@@ -316,12 +316,16 @@ def test_wrong_places(encoder, source, tmp_path):
         embed_file(encoder, source, source)
     with pytest.raises(ValueError, match="is a directory"):
         embed_file(encoder, source, tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # or a device, whose place the finished file would take
+    with pytest.raises(ValueError, match="pipe is no ordinary file"):
+        embed_file(encoder, source, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
     with pytest.raises(FileNotFoundError, match="nobody"):
         embed_file(encoder, tmp_path / "nobody.txt", tmp_path / "out.npy")
     for nowhere in ("none", "texts.txt"):
         with pytest.raises(FileNotFoundError, match=f"there is no directory .*{nowhere}"):
             embed_file(encoder, source, tmp_path / nowhere / "out.npy")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "texts.txt"]
 
 
 # The command

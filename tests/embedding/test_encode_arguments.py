@@ -511,5 +511,6 @@ def test_semantic_search(chunk):
 def test_an_optimized_model_can_be_given(tiny, tiny_dir, close):
     plain = BertModel.from_pretrained(tiny_dir)
     encoder = SentenceEncoder(optimize(plain), tiny.tokenizer)
-    assert encoder.plain is plain
+    assert encoder.plain is encoder.transformers_model is plain
+    assert encoder.config is plain.config
     assert close(encoder.encode(TEXTS), tiny.encode(TEXTS))

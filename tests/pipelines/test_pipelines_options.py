@@ -99,6 +99,8 @@ def test_device_maps(classifier, saved):
         pipeline(model=directory, device="cpu", device_map="cpu")
     with pytest.raises(ValueError, match="device='gpu'"):
         pipeline(model=directory, device="gpu")
+    with pytest.raises(ValueError, match="device='meta' holds no numbers"):
+        pipeline(model=directory, device="meta")
     with pytest.raises(ValueError, match="device='gpu'"):
         PIPELINES["text-classification"](*classifier, device="gpu")
 

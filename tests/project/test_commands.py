@@ -85,7 +85,7 @@ def test_types_have_two_names(capsys, models, spelling):
 
 
 def test_a_device_that_is_not_there_is_one_line(capsys, models):
-    for device in ("gpu", "cuda:77"):
+    for device in ("gpu", "cuda:77", "meta"):
         assert cli.main(["classify", "a", "--model", models["classify"], "--device", device]) == 1
         error = capsys.readouterr().err
         assert f"device='{device}'" in error

@@ -30,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "fast": {"model", "heads", "outputs", "inputs", "base", "config", "activations", "weights"},
     "pipelines": {"base", "model", "heads", "text", "fast", "weights"},
     "demo": {"heads", "weights", "pipelines", "text"},
-    "embedding": {"compat", "fast", "model", "pipelines", "terminal", "text", "weights"},
+    "embedding": {"compat", "config", "fast", "model", "pipelines", "terminal", "text", "weights"},
     "training": {"heads", "model", "config", "weights"},
     "pretraining": {"training", "heads", "text", "model", "config", "fast", "weights", "terminal"},
     "finetuning": {"terminal", "training", "pipelines", "embedding", "heads", "text", "model", "config", "weights"},

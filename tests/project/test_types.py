@@ -17,13 +17,14 @@ SCRIPT = Path(__file__).parents[1] / "data" / "user_script.py"
 
 MISTAKES = """
 import torch
-from minibert import BertConfig, BertForMaskedLM, SentenceEncoder, optimize, pipeline
+from minibert import AutoModel, BertConfig, BertForMaskedLM, BertTokenizer, SentenceEncoder, optimize, pipeline
 
-encoder = SentenceEncoder.from_pretrained("here", normalise=True)  # found
+encoder = SentenceEncoder.from_pretrained("here")
 encoder.encode(["a"], batch_size="8")  # found
 encoder.encode(["a"], normalise=True)  # found
 encoder.encode(["a"]).cpu()  # found
 encoder.encode(["a"], convert_to_tensor=True).numpy()
+SentenceEncoder.from_pretrained("here", normalise=True)  # found
 BertForMaskedLM.from_pretrained("here", device=3.5)  # found
 BertForMaskedLM.from_pretrained("here", output_loading_info=True).eval()  # found
 BertForMaskedLM.from_pretrained("here").eval()
@@ -31,6 +32,9 @@ optimize("model")  # found
 pipeline(3)  # found
 pipeline("fill-mask")("text", top_k="3")  # found
 BertConfig(hidden_size="32")  # found
+AutoModel.from_pretrained("here", device=3.5)  # found
+BertForMaskedLM.from_pretrained("here").no_such_method()  # found
+BertTokenizer.from_pretrained("here")("text", paddding=True)  # found
 minibert_has_no_such_name: BertForMaskedML  # found
 """
 
@@ -60,6 +64,12 @@ def test_what_type_checkers_see_is_what_there_is():
             assert alias.asname == alias.name, f"{alias.name}: only `as` itself makes it public to type checkers"
             seen[alias.name] = node.module
     assert seen == {**minibert._MODULE_OF, **dict.fromkeys(minibert._ROOMS, "minibert")}
+
+
+def test_the_users_script_has_every_public_name():
+    imports = [node for node in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(node, ast.ImportFrom)]
+    used = {alias.name for node in imports if node.module == "minibert" for alias in node.names}
+    assert used == {*minibert.__all__, *minibert._ROOMS}
 
 
 def test_the_package_says_that_it_has_types():

@@ -583,4 +583,13 @@ def test_a_device_that_is_not_here_is_named(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device='cuda:0': torch finds no CUDA GPU"):
             minibert.BertModel.from_pretrained(tmp_path, device="cuda:0")
+    for name, kind in (("mps", torch.backends.mps), ("xpu", torch.xpu)):
+        if not kind.is_available():
+            with pytest.raises(ValueError, match=f"device='{name}': ."):
+                minibert.BertModel.from_pretrained(tmp_path, device=name)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(ValueError, match="device='cuda:7': torch finds 2 CUDA GPUs here"):
+            minibert.BertModel.from_pretrained(tmp_path, device="cuda:7")
     assert minibert.BertModel.from_pretrained(tmp_path, device="meta").device.type == "meta"
