@@ -93,6 +93,7 @@ class Report:
 
     outputs, answers: of each output, over all cases; exact: the outputs of both sides in float64, where both can.
     rows: all steps. bug: the step and the lines of both sides where float64 does not make the difference fall.
+    casts: where a side computes in less than float64 whatever its weights are, which explains what does not fall.
     truth: "reference" or "model", by whose float64 results errors are measured; None if there are none.
     """
 
@@ -107,6 +108,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     bug: Finding | None = None
     truth: str | None = None
+    casts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     checks: dict[str, Any] = field(default_factory=dict)
 
@@ -130,7 +132,7 @@ class Report:
         if all(tally.bits for tally in tallies):
             return "same bits"
         if self.exact:
-            floor = 1e-4 if any("computes in" in note for note in self.notes) else 1e-10
+            floor = 1e-4 if self.casts else 1e-10
             stays = any(tally.broken or tally.rms > max(steps.FALL * self.outputs[name].rms, floor * tally.scale)
                         for name, tally in self.exact.items())  # fmt: skip
             return "bug" if stays else "different" if any(tally.broken for tally in tallies) else "rounding"
@@ -158,9 +160,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; NaN and infinities, which JSON has not, are None."""
-        names = ("candidate", "reference", "require", "level", "passed", "verdict", "checks", "cases", "notes")
+        names = ("candidate", "reference", "require", "level", "passed", "verdict", "checks", "cases")
         return finite({
             **{name: getattr(self, name) for name in names},
+            "notes": [*self.notes, *self.casts],
             "dtype": str(self.dtype).removeprefix("torch."),
             "first": self.first and self.first.place(),
             "bug": self.bug and self.bug.to_dict(),
@@ -312,7 +315,10 @@ def _follow(
             if not report.rows:
                 report.notes.append("no step has the same name on both sides: outputs alone are compared")
                 return
-        report.bug = steps.diagnose(exact, twin, cases, report.dtype, report.notes)
+        names = [dict(side.named_parameters()).keys() for side in (exact, twin)]
+        if different := sorted(names[0] ^ names[1]):
+            report.notes.append(f"parameters on one side only: {', '.join(different[:5])}")
+        report.bug = steps.diagnose(exact, twin, cases, report.dtype, report.casts)
         if report.bug is None and report.level not in ("bits", "exact"):
             report.bug = steps.coarse(report.rows)
     except Exception as error:  # someone's own model may do anything between its modules

@@ -164,25 +164,23 @@ def _results(traced: Trace) -> dict[str, Tensor]:
 
 
 def diagnose(
-    model: nn.Module, reference: nn.Module, cases: list[Case], dtype: torch.dtype, notes: list[str]
+    model: nn.Module, reference: nn.Module, cases: list[Case], dtype: torch.dtype, casts: list[str]
 ) -> Finding | None:
     """The first finding that no rounding explains: each step on equal inputs, with plain and with stressed weights.
 
     Args:
         model, reference: in float64; their dropout, if on, stays on.
         dtype: what they compute in otherwise: a cast below it is a bug, one to it or above is rounding.
-        notes: what was seen on the way is added here.
+        casts: those that are rounding, because they are to no less than `dtype`, are added here.
     """
-    names = [{name for name, _ in side.named_parameters()} for side in (model, reference)]
-    if different := sorted(names[0] ^ names[1]):
-        notes.append(f"parameters on one side only: {', '.join(different[:5])}")
-    for kind in FLOORS if names[0] & names[1] else ["plain"]:
+    shared = dict(model.named_parameters()).keys() & dict(reference.named_parameters()).keys()
+    for kind in FLOORS if shared else ["plain"]:
         sides = [model, reference]
         if kind != "plain":
             sharpness = _SCORE / _largest_score(reference, cases[0]) if kind == "sharp" else 1.0
             sides = [stressed(side, sharpness) for side in sides]
         for case in cases:
-            if (finding := _finding(*sides, case, kind, dtype, notes)) is not None:
+            if (finding := _finding(*sides, case, kind, dtype, casts)) is not None:
                 return finding
     return None
 
@@ -203,7 +201,7 @@ def _largest_score(model: nn.Module, case: Case) -> float:
 
 
 def _finding(
-    model: nn.Module, reference: nn.Module, case: Case, kind: str, dtype: torch.dtype, notes: list[str]
+    model: nn.Module, reference: nn.Module, case: Case, kind: str, dtype: torch.dtype, casts: list[str]
 ) -> Finding | None:
     theirs = study.trace(reference, case.inputs)
     own = study.trace(model, case.inputs, given=_results(theirs))
@@ -227,7 +225,7 @@ def _finding(
         if cast is None:
             step, source, twin, why = _place(name, actual, wanted, own, theirs, done, known)
             return Finding(*_lines(step, source, twin), case.name, kind, error, why)
-        notes += [cast] * (cast not in notes)
+        casts += [cast] * (cast not in casts)
     return None
 
 

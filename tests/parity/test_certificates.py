@@ -1,4 +1,4 @@
-"""The bundled model's certificate can be made again; what `compare` takes and refuses."""
+"""Certificates of real checkpoints can be made again; what `compare` takes and refuses."""
 
 from __future__ import annotations
 
@@ -12,9 +12,24 @@ import minibert
 from minibert.cli import main
 
 
-@pytest.mark.slow
-def test_it_can_be_made_again(tmp_path):
-    assert main(["parity", "--path", "plain", "--checks", "tokenizer", "-o", str(tmp_path), "--quiet"]) == 0
+@pytest.mark.parametrize(
+    ("fixture", "inside"),
+    [
+        (None, ""),
+        *(
+            pytest.param(fixture, inside, marks=pytest.mark.slow)
+            for fixture, inside in (
+                ("minilm_dir", ""),
+                ("rxnfp_dir", "bert_pretrained"),
+                ("rxnfp_dir", "bert_ft"),
+                ("rxnfp_dir", "bert_ft_10k_25s"),
+            )
+        ),
+    ],
+)
+def test_it_can_be_made_again(fixture, inside, request, tmp_path):
+    model = [str(request.getfixturevalue(fixture) / inside)] if fixture else []
+    assert main(["parity", *model, "--path", "plain", "--checks", "tokenizer", "-o", str(tmp_path), "--quiet"]) == 0
     [made] = json.loads((tmp_path / "certificate.json").read_text())["predicate"]["measurements"]["comparisons"]
     assert (made["level"], made["verdict"]) == ("bits", "same bits")
 

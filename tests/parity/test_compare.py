@@ -254,5 +254,6 @@ def test_half_precision_within_float32_is_a_bug_and_float32_within_half_is_not(p
     mutants.with_attention(ours, kernel)
     report = compare(ours, reference, inputs(9))
     assert report.verdict == "rounding", report
-    assert any("computes in float32" in note for note in report.notes)
+    assert any("computes in float32" in cast for cast in report.casts)
+    assert set(report.casts) <= set(report.to_dict()["notes"])
     assert compare(ours.bfloat16(), reference.bfloat16(), inputs(9)).verdict == "rounding"
