@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -146,10 +146,18 @@ class _TokenIds:
 
     def _rows(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The row of each word of all lines, and how many words each line has."""
-        words = " ".join(lines).split(" ")
-        self._learn(set(words))
-        rows = np.fromiter(map(self._row.__getitem__, words), np.int64, len(words))
+        rows = self._rows_of(" ".join(lines).split(" "))
         return rows, np.array([line.count(" ") + 1 for line in lines])
+
+    def _rows_of(self, words: list[str]) -> np.ndarray:
+        """The row of each word; what is not known yet is learnt."""
+        rows = np.fromiter(map(self._row.get, words, repeat(-1)), np.int64, len(words))
+        unknown: Iterable[int] = np.flatnonzero(rows < 0).tolist()
+        if unknown and self._learn({words[i] for i in unknown}):
+            self._learn(set(words))
+            unknown = range(len(words))
+        rows[unknown] = [self._row[words[i]] for i in unknown]
+        return rows
 
     def _rows_by_character(self, joined: str) -> tuple[np.ndarray, np.ndarray]:
         """The same of lines with Chinese characters, each of which is a word; no str is made of each."""
@@ -172,8 +180,10 @@ class _TokenIds:
         found = alone | starts
         return rows[found], np.bincount(np.cumsum(codes == ord("\n"))[found], minlength=joined.count("\n") + 1)
 
-    def _learn(self, words: set[str]) -> None:
-        if len(self._row) + len(words) > CACHED_WORDS or self._characters > CACHED_CHARACTERS:
+    def _learn(self, words: set[str]) -> bool:
+        """Make these words known; whether all those before them were forgotten for it."""
+        full = len(self._row) + len(words) > CACHED_WORDS or self._characters > CACHED_CHARACTERS
+        if full:
             self._forget()
         new = sorted(words - self._row.keys())
         self._characters += sum(map(len, new))
@@ -182,6 +192,7 @@ class _TokenIds:
         self._lengths = np.concatenate([self._lengths, lengths])
         self._ids = np.concatenate([self._ids, ids])
         self._row.update(zip(new, range(len(self._row), len(self._row) + len(new)), strict=True))
+        return full
 
     def _encoded(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
