@@ -66,9 +66,6 @@ def as_cases(inputs: Any, config: Any = None, head: str = "") -> list[Case]:
         raise ValueError("inputs is empty: there is nothing to compare on")
     cases = []
     for number, each in enumerate(several):
-        if isinstance(each, Case):
-            cases.append(each)
-            continue
         arguments = {"input_ids": each} if isinstance(each, Tensor) else each
         if not isinstance(arguments, Mapping) or not all(isinstance(x, Tensor) for x in arguments.values()):
             raise TypeError(f"inputs[{number}] must be a mapping of tensors or the tensor input_ids, "

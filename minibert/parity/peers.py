@@ -15,6 +15,7 @@ from minibert.parity.comparison import Side, coarsest, numbered
 from minibert.parity.inputs import Case
 from minibert.weights.convert import aligned
 
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")  # all else is a result
 PEERS = ("transformers", "transformers-eager", "onnxruntime", "openvino")
 
 
@@ -91,7 +92,8 @@ def golden(file: str) -> tuple[Side, list[Case]]:
     """Results from a file, and the inputs they are for: safetensors as `--save` writes them, or lines of JSON with
     "tokens" and "logits", as other tools' golden logits are.
 
-    Raises OSError if it cannot be read, ValueError if it holds nothing of the kind.
+    What is named like an argument of BERT is an input, every other tensor of floating-point numbers a result. Raises
+    OSError if the file cannot be read, ValueError if it holds nothing of the kind.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -103,8 +105,8 @@ def golden(file: str) -> tuple[Side, list[Case]]:
         raise ValueError(f"{file} holds no golden results: {error}") from None
     results, cases = {}, []
     for number, (_, parts) in enumerate(sorted(numbered(tensors).items())):
-        results[number] = {name: x for name, x in parts.items() if x.is_floating_point()}
-        inputs = {name: x for name, x in parts.items() if not x.is_floating_point() and x.dtype != torch.bool}
+        inputs = {name: x for name, x in parts.items() if name in _INPUTS}
+        results[number] = {name: x for name, x in parts.items() if name not in _INPUTS and x.is_floating_point()}
         if "input_ids" not in inputs or not results[number]:
             raise ValueError(f"{file} holds no golden results: 0.input_ids, 0.logits, ... or what is for {number}")
         cases.append(Case(f"{path.name} {number}", inputs))

@@ -233,6 +233,20 @@ def test_golden_files_need_no_peer(checkpoint, tmp_path, monkeypatch, capsys):
     assert "NaN or Inf on one side only" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_golden_masks_of_any_type_are_inputs(checkpoint, tmp_path, dtype):
+    import minibert
+
+    ids = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]])
+    model = minibert.BertForPreTraining.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        found = model(ids, attention_mask=(ids > 0).long())
+    tensors = {"0.input_ids": ids, "0.attention_mask": (ids > 0).to(dtype), "0.prediction_logits": found[0]}
+    save_file({name: x.contiguous() for name, x in tensors.items()}, tmp_path / "golden.safetensors")
+    command = ["parity", str(checkpoint), "--path", "plain", "--against", str(tmp_path / "golden.safetensors")]
+    assert main([*command, "--require", "bits"]) == 0
+
+
 def test_golden_lines_of_json(checkpoint, tmp_path):
     import minibert
 
