@@ -28,7 +28,7 @@ from torch import Tensor
 
 from minibert.fast.encoder import CpuEngine
 from minibert.fast.graph import Places, Shape, weights
-from minibert.fast.padding import Batch, pack_rows
+from minibert.fast.padding import Batch, pack_rows, rounded, up_to
 from minibert.fast.quantize import FbgemmInt8Linear
 from minibert.weights.files import replacing, write
 
@@ -194,11 +194,14 @@ class CompiledPass:
         return last_ND if batch.picked is None else last_ND.index_select(0, batch.picked.index)
 
     def _run(self, ids_3N: Tensor, lengths: list[int], picked: Tensor | None) -> Tensor:
-        if picked is not None and len(picked) == 0:  # which a graph for one token or more cannot give
-            return self._run(ids_3N, lengths, torch.zeros(1, dtype=torch.long))[:0]
         places = Places.of(lengths)
-        picked = torch.arange(ids_3N.shape[1]) if picked is None else picked
-        return self.loader.boxed_run([ids_3N, places.source, places.mask, places.row, places.column, picked])[0]
+        N = ids_3N.shape[1]
+        picked = torch.arange(N) if picked is None else picked
+        M = len(picked)
+        # What is added is the first token once more, or one of id 0 that no other sees
+        ids_3N, row, column = (up_to(rounded(N), x, -1) for x in (ids_3N, places.row, places.column))
+        inputs = [ids_3N, places.source, places.mask, row, column, up_to(rounded(M), picked, -1)]
+        return self.loader.boxed_run(inputs)[0][:M]
 
 
 def split(lengths: list[int], most: int = _TOKENS) -> list[list[int]]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minibert.fast.attention import attend
-from minibert.fast.padding import Batch, Packing, Picked
+from minibert.fast.padding import Batch, Packing, Picked, rounded, up_to
+from minibert.fast.quantize import Int8Linear, norm_magnitudes
 from minibert.model import BertLayer, BertModel
 
 # Activations bounded below by -0.17, as GELU is
@@ -93,7 +94,7 @@ class FastLayer:
         self.projection = _linear(kernels.linear, attention.output.dense, kernels)
         self.attention_norm = Norm(attention.output.LayerNorm, kernels.dtype)
         activation = layer.intermediate.intermediate_act_fn
-        self.up = _linear(kernels.linear, layer.intermediate.dense, kernels, activation)
+        self.up = _linear(kernels.linear, layer.intermediate.dense, kernels, activation, attention.output.LayerNorm)
         down = kernels.after_gelu if activation.name in GELUS else kernels.linear
         self.down = _linear(down, layer.output.dense, kernels)
         self.norm = Norm(layer.output.LayerNorm, kernels.dtype)
@@ -106,12 +107,14 @@ class FastLayer:
     def __call__(
         self, x_ND: Tensor, packing: Packing, picked: Picked | None = None, maps_BHTT: Tensor | None = None
     ) -> Tensor:
-        """(N, D) -> (N, D), or (M, D) for the M picked tokens."""
+        """(N, D) -> (N, D), or (M, D) for the M picked tokens. N and M are rounded up; attention sees none of these."""
+        N = packing.tokens
         parts = (linear(x_ND, self.attention_dtype) for linear in self.inputs)
-        query, key, value = (part for joined in parts for part in joined.split(self.width, 1))
+        query, key, value = (part[:N] for joined in parts for part in joined.split(self.width, 1))
         if picked is not None:
-            query, x_ND = query.index_select(0, picked.index), x_ND.index_select(0, picked.index)
-        context = attend(query, key, value, packing, self.heads, self.scale, picked, maps_BHTT)
+            query = query.index_select(0, picked.index)
+            x_ND = up_to(rounded(len(query)), x_ND.index_select(0, picked.index))
+        context = up_to(len(x_ND), attend(query, key, value, packing, self.heads, self.scale, picked, maps_BHTT))
         y_MD = self.attention_norm(self.projection.add(context, x_ND))
         if self.rows is None or len(y_MD) <= self.rows:
             return self.feed_forward(y_MD)
@@ -159,10 +162,11 @@ class CpuEngine:
         return x
 
     def embed(self, batch: Batch) -> Tensor:
-        """The sums of BertEmbeddings, in its order, for the computed tokens only: (N, D)."""
-        tables, ids_3N = self.embeddings, batch.ids_3N
+        """The sums of BertEmbeddings, in its order, for the computed tokens only: (N, D), N rounded up."""
+        tables, N = self.embeddings, rounded(batch.packing.tokens)
+        ids_3N, embeds_ND = up_to(N, batch.ids_3N, -1), batch.embeds_ND
         words = tables.word_embeddings.weight
-        x_ND = functional.embedding(ids_3N[0], words) if batch.embeds_ND is None else batch.embeds_ND
+        x_ND = functional.embedding(ids_3N[0], words) if embeds_ND is None else up_to(N, embeds_ND)
         x_ND = x_ND + functional.embedding(ids_3N[1], tables.token_type_embeddings.weight)
         x_ND = x_ND + functional.embedding(ids_3N[2], tables.position_embeddings.weight)
         norm = tables.LayerNorm
@@ -170,13 +174,14 @@ class CpuEngine:
 
     def encode(self, batch: Batch, with_states: bool = False, with_maps: bool = False) -> Encoded:
         """All layers. States and maps are kept only if asked for."""
-        picked = batch.picked
+        picked, N = batch.picked, batch.packing.tokens
         simple = not (with_states or with_maps or batch.packing.masks or batch.embeds_ND is not None)
         if self.compiled is not None and simple:
             return Encoded(self.compiled(batch))
         x_ND = self.embed(batch)
-        states = [x_ND] if with_states else None
+        states = [x_ND[:N]] if with_states else None
         maps: list[Tensor] | None = [] if with_maps else None
+        wanted = None
         for number, layer in enumerate(self.layers, 1):
             # Without states and maps, which are of all tokens, the last layer computes what is wanted
             wanted = picked if number == len(self.layers) and not with_states and not with_maps else None
@@ -185,18 +190,29 @@ class CpuEngine:
                 maps.append(x_ND.new_zeros(B, layer.heads, T, T))
             x_ND = layer(x_ND, batch.packing, wanted, None if maps is None else maps[-1])
             if states is not None:
-                states.append(x_ND)
-        if picked is not None and (with_states or with_maps or not self.layers):
+                states.append(x_ND[:N])
+        if picked is not None and wanted is None:
             x_ND = x_ND.index_select(0, picked.index)
-        return Encoded(x_ND, states, maps)
+        return Encoded(x_ND[: N if picked is None else len(picked.index)], states, maps)
 
     def words(self, x_MD: Tensor) -> Tensor:
         """The head of masked words, (M, D) -> (M, V)."""
-        return self.head(x_MD)
+        M = len(x_MD)
+        return self.head(up_to(rounded(M), x_MD))[:M]
 
 
-def _linear(kind: type[Linear], module: nn.Linear, kernels: Kernels, activation: nn.Module | None = None) -> Linear:
-    return kind(module.weight.detach().to(kernels.dtype), module.bias.detach().to(kernels.dtype), activation)
+def _linear(
+    kind: type[Linear],
+    module: nn.Linear,
+    kernels: Kernels,
+    activation: nn.Module | None = None,
+    norm: nn.LayerNorm | None = None,
+) -> Linear:
+    """A layer of the model. norm: what its input comes from, if it is that and nothing else."""
+    weight, bias = (part.detach().to(kernels.dtype) for part in (module.weight, module.bias))
+    if norm is not None and issubclass(kind, Int8Linear):
+        return kind(weight, bias, activation, norm_magnitudes(norm))
+    return kind(weight, bias, activation)
 
 
 def _nbytes(linear: Linear, own: set[int]) -> int:

@@ -137,6 +137,7 @@ class BytesProduct(Product):
         super().__init__(kind, inputs, outputs, torch.float32, activation)
         self.register_weights(inputs, outputs)
         self.register_buffer("scale", torch.empty(outputs))
+        self.register_buffer("smoothing", None)
 
     def register_weights(self, inputs: int, outputs: int) -> None:
         self.weight = torch.empty(inputs, outputs, dtype=torch.int8)  # oneDNN transposes what it packs in int8
@@ -147,6 +148,7 @@ class BytesProduct(Product):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs) -> (N, outputs)."""
+        x = x if self.smoothing is None else x * self.smoothing
         largest = x.amax(1, keepdim=True) if issubclass(self.kind, Int8AfterGelu) else x.abs().amax(1, keepdim=True)
         scale = (largest / self.kind.levels).clamp_min(self.kind.finest)  # (N, 1)
         return self.activated(self.multiply(x * scale.reciprocal()) * scale + self.bias)
@@ -175,11 +177,16 @@ class FbgemmProduct(BytesProduct):
         return product[: steps.shape[0]] * self.scale
 
 
-def product(kind: str, inputs: int, outputs: int, dtype: torch.dtype, activation: str = "") -> Product:
-    """One linear layer of the graph, of one of the KINDS."""
+def product(
+    kind: str, inputs: int, outputs: int, dtype: torch.dtype, activation: str = "", after_norm: bool = False
+) -> Product:
+    """One linear layer of the graph, of one of the KINDS. after_norm: its input is that of a LayerNorm alone."""
     is_int8, is_fbgemm = (issubclass(KINDS[kind], parent) for parent in (Int8Linear, FbgemmInt8Linear))
     chosen = FbgemmProduct if is_fbgemm else BytesProduct if is_int8 else Product
-    return chosen(kind, inputs, outputs, dtype, activation)
+    layer = chosen(kind, inputs, outputs, dtype, activation)
+    if is_int8 and after_norm:
+        layer.smoothing = torch.empty(inputs)
+    return layer
 
 
 class Norm(nn.Module):
@@ -208,7 +215,7 @@ class Layer(nn.Module):
             self.inputs = nn.ModuleList([product(shape.linear, D, 2 * D, dtype), product(shape.careful, D, D, dtype)])
         self.projection = product(shape.linear, D, D, dtype)
         self.attention_norm = Norm(D, shape.epsilons[1], dtype)
-        self.up = product(shape.linear, D, shape.feed_forward, dtype, shape.activation)
+        self.up = product(shape.linear, D, shape.feed_forward, dtype, shape.activation, after_norm=True)
         self.down = product(shape.after_gelu, shape.feed_forward, D, dtype)
         self.norm = Norm(D, shape.epsilons[1], dtype)
 
@@ -311,6 +318,8 @@ def weights(engine: CpuEngine) -> dict[str, Tensor]:
         products |= {"projection": layer.projection, "up": layer.up, "down": layer.down}
         for name, linear in products.items():
             names = ["weight", "bias"]
+            if isinstance(linear, Int8Linear) and linear.smoothing is not None:
+                names += ["smoothing"]
             if isinstance(linear, FbgemmInt8Linear):
                 names += ["scale", "packed", "offsets", "zeros", "bounds"]
             elif isinstance(linear, Int8Linear):

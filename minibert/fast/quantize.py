@@ -6,6 +6,10 @@ the weight, because a few tokens are far larger than the rest. The product runs 
 Measured on a sentence encoder (MiniLM), the value projection alone makes more than half of the whole error of int8.
 So values, and the heads, stay in 16 or 32 bits.
 
+What follows a LayerNorm has channels that are always larger than others, and take their levels. Xiao et al. 2022,
+"SmoothQuant" (arXiv 2211.10438), section 4: the input is divided by a factor a channel, the weight multiplied by it.
+The paper measures channels on texts; here the norm's own parameters say how large they are.
+
 CPUs without VNNI add two products in 16 bits, which saturates: there weights get 7 bits instead of 8.
 """
 
@@ -38,6 +42,7 @@ class Int8Linear:
 
     A weight is rounded to `weight_levels` steps of its channel's largest magnitude, x to `levels` steps of its token's.
     Then x is moved up by `centre`: kernels are fast on unsigned activations only, and take `centre` off again.
+    magnitudes (in,): how large the channels of x are, where that is known.
     """
 
     copies = True
@@ -45,8 +50,13 @@ class Int8Linear:
     levels: float = 127
     finest: float = 1e-20
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None):
-        weight = weight.float()
+    def __init__(
+        self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None, magnitudes: Tensor | None = None
+    ):
+        weight, self.smoothing = weight.float(), None
+        if magnitudes is not None:
+            factors = smoothing_factors(weight, magnitudes.float())
+            weight, self.smoothing = weight * factors, factors.reciprocal()
         self.scale = weight.abs().amax(1).clamp_min(1e-20) / (weight_levels(type(self)) or 127)  # (out,)
         self._pack(torch.round(weight / self.scale[:, None]).to(torch.int8))
         self.bias, self.activation = bias.float(), activation
@@ -73,7 +83,7 @@ class Int8Linear:
         return self._product(x).add_(residual)
 
     def _product(self, x: Tensor) -> Tensor:
-        x = x.float()
+        x = x.float() if self.smoothing is None else x.float() * self.smoothing
         scale = (self._largest(x) / self.levels).clamp_min_(self.finest)  # (N, 1)
         product = self.multiply(x * scale.reciprocal())
         return torch.addcmul(self.bias, product, scale, out=product)
@@ -138,6 +148,22 @@ class FbgemmInt8AfterGelu(Int8AfterGelu, FbgemmInt8Linear):
     """Int8AfterGelu by FBGEMM."""
 
     levels = 238.999
+
+
+def smoothing_factors(weight: Tensor, magnitudes: Tensor) -> Tensor:
+    """By what to divide the channels of an input of such magnitudes, (in,), for a weight (out, in); 1 on average.
+
+    Equation 4 of the paper with alpha = 0.85, which serves models whose inputs are harder to round than their weights:
+    on 256 sentences of MiniLM, the least cosine rises from 0.9937 to 0.9967, with 0.5 to 0.9955.
+    """
+    largest = weight.abs().amax(0)
+    factors = magnitudes.clamp_min(1e-5) ** 0.85 / largest.clamp_min(1e-5) ** 0.15
+    return factors / factors.mean()
+
+
+def norm_magnitudes(norm: nn.LayerNorm) -> Tensor:
+    """How large the channels are that a LayerNorm gives: three deviations of a normal distribution, (in,)."""
+    return (norm.bias.abs() + 3 * norm.weight.abs()).detach()
 
 
 @cache

@@ -19,7 +19,8 @@ from minibert import (
     BertModel,
     optimize,
 )
-from minibert.fast import plan
+from minibert.fast import padding, plan
+from minibert.fast.onednn import PlainLinear
 
 HEADS = [
     BertModel,
@@ -303,3 +304,26 @@ def test_bad_arguments():
         optimize(make(), dtype="float8")
     with pytest.raises(ValueError, match="optimize works on"):
         optimize(make().to("meta"))
+
+
+def test_products_see_few_numbers_of_rows(monkeypatch):
+    """oneDNN keeps code for each: calls of any lengths must not fill the memory."""
+    counts = {tokens: padding.rounded(tokens) for tokens in range(1, 4097)}
+    assert all(tokens <= rows <= tokens + max(3, tokens / 16) for tokens, rows in counts.items())
+    assert len(set(counts.values())) <= 112
+    seen = set()
+
+    def recorded(self, x, dtype=None, call=PlainLinear.__call__):
+        seen.add(len(x))
+        return call(self, x, dtype)
+
+    monkeypatch.setattr(PlainLinear, "__call__", recorded)
+    monkeypatch.setattr(plan, "measure", lambda names, D, F, attempt=0: plan.Speeds({"plain": 1.0}, {}))
+    model = make(BertForMaskedLM)
+    fast = optimize(model, compile=False)
+    for length in range(1, T + 1):
+        ids = torch.randint(1, 120, (2, length))
+        for positions in (None, torch.arange(2 * length).view(2, length) % 3 == 0):
+            expected = model(ids).logits if positions is None else model(ids).logits[positions]
+            close(fast(ids, positions=positions).logits, expected)
+    assert seen <= set(counts.values())

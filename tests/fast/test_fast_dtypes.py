@@ -9,7 +9,15 @@ from minibert.activations import Activation
 from minibert.fast import onednn, plan
 from minibert.fast.encoder import GELUS
 from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
-from minibert.fast.quantize import Bfloat16Linear, FbgemmInt8AfterGelu, FbgemmInt8Linear, Int8AfterGelu, Int8Linear
+from minibert.fast.quantize import (
+    Bfloat16Linear,
+    FbgemmInt8AfterGelu,
+    FbgemmInt8Linear,
+    Int8AfterGelu,
+    Int8Linear,
+    norm_magnitudes,
+    smoothing_factors,
+)
 
 
 def error(got, exact):
@@ -107,6 +115,25 @@ def test_int8_after_gelu_uses_the_sign_bit(linear, after_gelu):
     exact = x.double() @ activations_only.double().T
     halved = error(after_gelu(activations_only, zeros)(x), exact)
     assert halved < 0.7 * error(linear(activations_only, zeros)(x), exact)
+
+
+@pytest.mark.parametrize(("linear", "after_gelu"), INT8)
+def test_int8_of_a_norms_channels_that_differ(linear, after_gelu):
+    """Some channels of a LayerNorm are always larger than the rest, and count no more for that in trained models, whose
+    weights for them are small: divided by what the norm says, they take no more levels than others."""
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(256)
+    with torch.no_grad():
+        norm.weight[::50], norm.bias[7] = 12.0, -6.0
+        x = norm(torch.randn(40, 256))
+    weight, bias = torch.randn(64, 256) / norm.weight.detach(), torch.randn(64)
+    exact = x.double() @ weight.double().T + bias
+    smoothed = error(linear(weight, bias, None, norm_magnitudes(norm))(x), exact)
+    assert smoothed < 0.6 * error(linear(weight, bias)(x), exact)
+    factors = smoothing_factors(weight, norm_magnitudes(norm))
+    assert torch.isclose(factors.mean(), torch.tensor(1.0))
+    assert factors.min() > 0
+    assert smoothing_factors(torch.zeros(3, 4), torch.zeros(4)).isfinite().all()
 
 
 @pytest.mark.parametrize(("linear", "after_gelu"), INT8)
