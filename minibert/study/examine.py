@@ -164,7 +164,7 @@ def _mattered(
     ablated = []
     for layer in range(N):
         for heads in each:
-            off = {f"bert.encoder.layer.{layer}.attention.self": zero_head(*heads, of=H)}
+            off = {f"bert.encoder.layer.{layer}.attention.self": zero_head(model, *heads)}
             with torch.no_grad(), patch(model, off):
                 now = log_probabilities(model, inputs, at)
             word = _words(tokenizer, [now.argmax().item()])[0]

@@ -112,20 +112,21 @@ def _words_head(model: nn.Module) -> nn.Module:
     return heads.predictions
 
 
-def zero_head(*heads: int, of: int) -> Callable[[Tensor], Tensor]:
-    """For `patch`, at an `attention.self` of so many heads: what these heads give is 0.
+class zero_head:
+    """For `patch`, at an `attention.self` of `model`: what these heads give is 0.
 
     Raises ValueError for a head that is not there.
     """
-    if not all(0 <= head < of for head in heads):
-        raise ValueError(f"zero_head{heads}: there are heads 0 to {of - 1}")
 
-    def without(context: Tensor) -> Tensor:
-        kept = torch.ones(of, dtype=context.dtype, device=context.device)
-        kept[list(heads)] = 0
-        return (context.unflatten(-1, (of, -1)) * kept[:, None]).flatten(-2)  # (B, T, D) -> (B, T, H, K) -> (B, T, D)
+    def __init__(self, model: nn.Module, *heads: int):
+        H = model.config.num_attention_heads
+        if not all(0 <= head < H for head in heads):
+            raise ValueError(f"zero_head{heads}: there are heads 0 to {H - 1}")
+        self.kept = torch.tensor([head not in heads for head in range(H)])
 
-    return without
+    def __call__(self, context: Tensor) -> Tensor:
+        kept = self.kept.to(context)
+        return (context.unflatten(-1, (len(kept), -1)) * kept[:, None]).flatten(-2)  # (B, T, D) -> (B, T, H, K) -> ...
 
 
 @contextmanager
@@ -136,13 +137,15 @@ def patch(model: nn.Module, parts: Mapping[str, nn.Module | Callable[[Any], Any]
         parts: for each module's name, another module to run in its place, or a function of its output, `zero_head(...)`
             say, whose result goes on instead.
 
-    Raises ValueError for a name that is not there.
+    Raises ValueError for a name that is not there, or that has no heads to take out.
     """
     modules = dict(model.named_modules())
     with ExitStack() as stack:
         for name, new in parts.items():
             if name not in modules or not name:
                 raise ValueError(f"patch: this {type(model).__name__} has no module {name!r}")
+            if isinstance(new, zero_head) and not name.endswith("attention.self"):
+                raise ValueError(f"patch: {name!r} has no heads, an attention.self has")
             if isinstance(new, nn.Module):
                 parent, _, child = name.rpartition(".")
                 stack.callback(setattr, model.get_submodule(parent), child, modules[name])

@@ -102,7 +102,7 @@ def test_a_head_taken_out_is_its_columns_zeroed(model, inputs):
     layer = "bert.encoder.layer.1.attention"
     plain, dense = bits(model, inputs), model.get_submodule(f"{layer}.output.dense")
     kept = dense.weight.detach().clone()
-    with study.patch(model, {f"{layer}.self": study.zero_head(3, of=4)}):
+    with study.patch(model, {f"{layer}.self": study.zero_head(model, 3)}):
         without = bits(model, inputs)
     with torch.no_grad():
         dense.weight[:, 3 * 64 :] = 0
@@ -128,7 +128,10 @@ def test_patches_are_seen_by_a_trace_and_undone_after_errors(model, inputs):
     with pytest.raises(ValueError, match="no module 'bert.pool'"), study.patch(model, {"bert.pool": nn.ReLU()}):
         pass
     with pytest.raises(ValueError, match="heads 0 to 3"):
-        study.zero_head(4, of=4)
+        study.zero_head(model, 4)
+    at_pooler = {"bert.pooler.dense": study.zero_head(model, 0)}
+    with pytest.raises(ValueError, match="'bert.pooler.dense' has no heads"), study.patch(model, at_pooler):
+        pass
     assert torch.equal(bits(model, inputs), plain)
 
 
