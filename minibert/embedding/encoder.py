@@ -304,9 +304,9 @@ class SentenceEncoder(Encoder):
             target_devices = [f"cuda:{number}" for number in range(count)] or ["cpu"] * 4
         return Pool(self, [as_place(device) for device in target_devices])
 
-    def encode_multi_process(self, sentences: Texts, pool: Pool, **options: Any) -> Any:
+    def encode_multi_process(self, sentences: Texts, pool: Pool, **options: Unpack[AllOptions]) -> Any:
         """The older name of `encode(sentences, pool=pool)`."""
-        return self.encode(sentences, pool=pool, **options)
+        return self.encode(sentences, **{**options, "pool": pool})
 
     @staticmethod
     def stop_multi_process_pool(pool: Pool) -> None:
@@ -385,7 +385,7 @@ class SentenceEncoder(Encoder):
 
 def as_place(device: Device | None) -> torch.device:
     """A device by its name or the number of a GPU; the CPU for None. Raises ValueError for one that is not here."""
-    return as_device(f"cuda:{device}" if isinstance(device, int) else device)
+    return as_device(f"cuda:{device}" if isinstance(device, int) else device, computes=True)
 
 
 def _tokenizer(source: hub.Source, lowercase: bool) -> BertTokenizer:

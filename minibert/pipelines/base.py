@@ -346,10 +346,7 @@ def chosen_device(device: str | int | torch.device | None = None) -> torch.devic
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif isinstance(device, int):
         device = f"cuda:{device}" if device >= 0 else "cpu"
-    found = as_device(device)
-    if found.type == "meta":
-        raise ValueError("device='meta' holds no numbers to compute with")
-    return found
+    return as_device(device, computes=True)
 
 
 def check_head(task: str, wanted: str, architectures: Sequence[str] | None, name: str) -> None:

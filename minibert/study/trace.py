@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count, islice
+from threading import get_ident
 from types import FrameType
 from typing import Any
 
@@ -219,16 +220,19 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.model, self.grad, self.given = model, grad, given
         self.names = {module: name for name, module in model.named_modules()}
-        self.running = [model]
+        self.running, self.thread = [model], get_ident()
         self.made: dict[str, tuple[Step, Kind, torch.Size, int | None]] = {}
         self.counted: set[Tensor] = set()  # parameters that are some step's already
         self.product: tuple[torch.Size, int, Source] | None = None  # the last one that may be scores
         self.beside = False  # what runs now is no part of the model
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.running.append(module)
+        if get_ident() == self.thread:  # hooks run for whoever calls the model meanwhile, in another thread
+            self.running.append(module)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        if get_ident() != self.thread:
+            return None
         self.running.pop()
         name = self.names[module]
         idle = isinstance(module, nn.Dropout) and not (module.training and module.p)

@@ -354,12 +354,16 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def as_device(device: torch.device | str | None) -> torch.device:
-    """The device, the CPU for None. Raises ValueError for one that torch does not know or that is not here."""
+def as_device(device: torch.device | str | None, computes: bool = False) -> torch.device:
+    """The device, the CPU for None. Raises ValueError for one that torch does not know, that is not here, or that holds
+    no numbers though something is to be computed there.
+    """
     try:
         device = torch.device(device or "cpu")
     except RuntimeError as error:
         raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+    if computes and device.type == "meta":
+        raise ValueError("device='meta' holds no numbers to compute with")
     if device.type == "cuda":  # nothing is put there: a process that only starts others must not hold a GPU
         if not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r}: torch finds no CUDA GPU here; use 'cpu'")

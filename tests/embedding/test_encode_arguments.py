@@ -153,6 +153,8 @@ def test_device(tiny):
         tiny.encode(TEXTS, device="gpu")
     with pytest.raises(ValueError, match="device='gpu'"):
         SentenceEncoder.from_pretrained("anything", device="gpu")
+    with pytest.raises(ValueError, match="device='meta' holds no numbers"):
+        tiny.encode(TEXTS, device="meta")
     with pytest.raises(ValueError, match="give one of pool, processes and several devices"):
         tiny.encode(TEXTS, device=["cpu"], processes=2)
     with pytest.raises(TypeError, match="pool must come from start_multi_process_pool, got dict"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -308,3 +309,22 @@ def test_print_save_and_unknown_names(tmp_path):
     with pytest.raises(KeyError, match=r"bert\.encoder\.layer\.0\.attention\.self\.query"):
         trace["bert.encoder.layer.0.attention.query"]
     assert "bert.embeddings.sum" in trace
+
+
+def test_a_trace_sees_its_own_thread_alone():
+    """Others trace and call the same model meanwhile: hooks are the model's, and run for all."""
+    model = make("BertForMaskedLM")
+    inputs = [torch.randint(1, 60, (1, length)) for length in (3, 5, 7, 9)] * 6
+    alone = [study.trace(model, ids) for ids in inputs]
+
+    def one(number: int) -> tuple[study.Trace, torch.Tensor]:
+        return study.trace(model, inputs[number]), model(inputs[number]).logits
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(one, range(len(inputs))))
+    for expected, (got, logits) in zip(alone, together, strict=True):
+        assert [step.name for step in got.steps] == [step.name for step in expected.steps]
+        for step in expected.steps:
+            assert torch.equal(got[step.name], expected[step.name]), step.name
+        assert torch.equal(logits, expected.output.logits)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
