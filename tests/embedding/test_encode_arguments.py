@@ -165,7 +165,7 @@ def test_a_gpu_is_taken_where_there_is_one(tiny_dir, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
-        "minibert.embedding.encoder.as_device", lambda device: asked.append(device) or torch.device("cpu")
+        "minibert.embedding.encoder.as_device", lambda device, **_: asked.append(device) or torch.device("cpu")
     )
     SentenceEncoder.from_pretrained(tiny_dir)
     SentenceEncoder.from_pretrained(tiny_dir, device="cpu")
