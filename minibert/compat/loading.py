@@ -37,8 +37,13 @@ def take_ignored(options: dict[str, Any]) -> None:
 
 
 def take_location(options: dict[str, Any], where: dict[str, Any]) -> None:
-    """Move what says where the files are into `where`, the arguments of `minibert.weights.hub.Source`."""
+    """Move what says where the files are into `where`, the arguments of `minibert.weights.hub.Source`.
+
+    Raises ValueError for two different tokens, without saying them.
+    """
     if (token := options.pop("use_auth_token", None)) is not None:
+        if where.get("token") not in (None, token):
+            raise ValueError("token and use_auth_token are two names of one argument: give one of them")
         where["token"] = token
     if (use_safetensors := options.pop("use_safetensors", None)) is not None:
         where["formats"] = (".safetensors",) if use_safetensors else (".bin",)

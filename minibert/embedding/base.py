@@ -158,9 +158,7 @@ class Encoder:
 
     @prompts.setter
     def prompts(self, prompts: Mapping[str, str | None]) -> None:
-        if not isinstance(prompts, Mapping):
-            raise TypeError(f"prompts must be a dict of names and texts, got {type(prompts).__name__}")
-        texts = {name: "" if text is None else text for name, text in prompts.items()}
+        texts = {name: "" if text is None else text for name, text in check_prompts(prompts).items()}
         for name, text in texts.items():
             check_text(text, f"prompts[{name!r}]")
         self._prompts = texts
@@ -353,6 +351,13 @@ class Encoder:
         mask = torch.arange(T) < torch.tensor(lengths)[:, None]  # (B, T)
         padded = torch.nn.utils.rnn.pad_sequence(states.split(lengths), batch_first=True)  # (N, D) -> (B, T, D)
         return padded, mask.long().to(self.device)
+
+
+def check_prompts(prompts: Any) -> Mapping[str, str | None]:
+    """Raises TypeError for what is no dict; its texts are checked where it is set."""
+    if not isinstance(prompts, Mapping):
+        raise TypeError(f"prompts must be a dict of names and texts, got {type(prompts).__name__}")
+    return prompts
 
 
 def fast_or_plain(model: BertModel, dtype: torch.dtype | str | None) -> BertModel | OptimizedModel:

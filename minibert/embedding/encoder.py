@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minibert.checks import check_choice, check_count
 from minibert.embedding import similarity
-from minibert.embedding.base import Encoder, fast_or_plain
+from minibert.embedding.base import Encoder, check_prompts, fast_or_plain
 from minibert.embedding.options import (
     OUTPUTS,
     AllOptions,
@@ -84,13 +84,14 @@ class SentenceEncoder(Encoder):
 
         Args:
             name_or_path: a directory, a bundled model, or a name on the Hub; `revision`, `cache_dir`,
-                `local_files_only` and `token` are explained at `minibert.weights.hub.Source`, with the errors.
+                `local_files_only` and `token` are explained at `minibert.weights.hub.Source`, with the errors. The
+                cache is SENTENCE_TRANSFORMERS_HOME of the environment where it is set and no other is given.
             device: default a GPU if there is one, else the CPU.
             dtype: what is computed in. By default that of the file, but at least float32 on a CPU. With `fast`, also
                 "auto" and "int8"; see `optimize`.
             fast: run on what `optimize` makes of the model; where it refuses, on the model itself, with a notice.
-            prompts, default_prompt_name, similarity_fn_name, truncate_dim: instead of what the files say; prompts of
-                other names stay.
+            prompts, default_prompt_name, similarity_fn_name, truncate_dim: instead of what the files say, where they
+                are not None; prompts of other names stay.
             **others: what SentenceTransformer's constructor takes besides: see `options.from_constructor`.
 
         Raises ValueError for a model with modules that minibert does not have, and for damaged files.
@@ -110,13 +111,14 @@ class SentenceEncoder(Encoder):
             "similarity_fn_name": similarity_fn_name,
             "truncate_dim": truncate_dim,
         }
+        given_prompts = {name: text for name, text in check_prompts(prompts or {}).items() if text is not None}
         return cls(
             fast_or_plain(model, dtype) if fast else model,
             _tokenizer(files.encoder, files.settings.get("do_lower_case", False)),
             files.make_pooling(model.config.hidden_size),
             files.make_after(),
             max_seq_length=files.settings.get("max_seq_length"),
-            prompts={**(files.defaults.get("prompts") or {}), **(prompts or {})},
+            prompts={**(files.defaults.get("prompts") or {}), **given_prompts},
             **{name: files.defaults.get(name) if value is None else value for name, value in given.items()},
         )
 

@@ -151,15 +151,18 @@ def _listed(vectors: Tensor, form: str) -> Any:
 def from_constructor(options: ConstructorOptions, where: dict[str, Any], dtype: Any) -> Any:
     """The arguments of SentenceTransformer's constructor in minibert's words: completes `where`, returns the dtype.
 
-    cache_folder and use_auth_token are cache_dir and token; model_kwargs may hold a dtype and what
-    `minibert.compat.loading` takes; trust_remote_code does nothing. Raises ValueError for another backend than torch
-    and for what would change the numbers and is not here, TypeError for what nobody knows.
+    cache_folder and use_auth_token are cache_dir and token; SENTENCE_TRANSFORMERS_HOME in the environment is the cache
+    where none is given. model_kwargs may hold a dtype and what `minibert.compat.loading` takes; trust_remote_code does
+    nothing. Raises ValueError for another backend than torch, for two different tokens, and for what would change the
+    numbers and is not here, TypeError for what nobody knows.
     """
     given: dict[str, Any] = {**options}
     check_choice("backend", given.pop("backend", "torch"), ("torch",))
     given.pop("trust_remote_code", None)
     folder = given.pop("cache_folder", None)
     where["cache_dir"] = loading.one_of(("cache_dir", "cache_folder"), where["cache_dir"], folder)
+    if where["cache_dir"] is None:
+        where["cache_dir"] = os.environ.get("SENTENCE_TRANSFORMERS_HOME") or None
     for_model = dict(given.pop("model_kwargs", None) or {})
     loading.take_ignored(for_model)
     loading.take_location(given, where)

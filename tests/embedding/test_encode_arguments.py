@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from reference import assert_as_exact, rounding
 from sentence_transformers.util import quantize_embeddings
 from sentence_transformers.util import semantic_search as reference_search
 
-from minibert import BertModel, SentenceEncoder, optimize, semantic_search
+from minibert import BertConfig, BertModel, SentenceEncoder, optimize, semantic_search
 from minibert.embedding import base
 from minibert.embedding.modules import MODES, Dense, Normalize, Pooling
 
@@ -318,6 +319,27 @@ def test_arguments_of_sentence_transformers_constructor(tiny_dir, tmp_path):
             SentenceEncoder.from_pretrained(tiny_dir, **{name: value})
     with pytest.raises(TypeError, match="nonsense"):
         encoder.save_pretrained(tmp_path / "saved", nonsense=1)
+    for cls in (SentenceEncoder, BertModel, BertConfig):
+        with pytest.raises(ValueError, match="token and use_auth_token") as told:
+            cls.from_pretrained(tiny_dir, token="hf_first", use_auth_token="hf_second")
+        assert "hf_" not in str(told.value)  # no secret in a log
+        cls.from_pretrained(tiny_dir, token="hf_first", use_auth_token="hf_first")
+
+
+def test_the_cache_that_the_environment_names(tiny, tiny_dir, tmp_path, monkeypatch):
+    place = tmp_path / "home" / "models--me--tiny"
+    shutil.copytree(tiny_dir, place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path / "home"))
+    encoder = SentenceEncoder.from_pretrained("me/tiny", local_files_only=True, device="cpu")
+    assert np.array_equal(encoder.encode(TEXTS), tiny.encode(TEXTS))
+    for name in ("cache_dir", "cache_folder"):
+        with pytest.raises(FileNotFoundError, match="me/tiny"):
+            SentenceEncoder.from_pretrained("me/tiny", local_files_only=True, **{name: tmp_path})
+    monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", "")
+    with pytest.raises(FileNotFoundError, match="me/tiny"):
+        SentenceEncoder.from_pretrained("me/tiny", local_files_only=True)
 
 
 def test_what_optimize_refuses_is_computed_plainly_with_a_notice(tiny_dir, monkeypatch, caplog):
@@ -443,6 +465,12 @@ def test_settings_instead_of_those_in_the_files(tiny, tiny_dir, tmp_path):
     assert (encoder.default_prompt_name, encoder.similarity_fn_name, encoder.truncate_dim) == ("passage", "dot", 4)
     with pytest.raises(ValueError, match="default_prompt_name='nobody': the model has the prompts 'query'"):
         SentenceEncoder.from_pretrained(tiny_dir, default_prompt_name="nobody")
+    given: Any = {"query": None, "passage": ""}  # None leaves what the files say, an empty text does not
+    peer = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu", prompts=dict(given))
+    assert SentenceEncoder.from_pretrained(tmp_path, prompts=given).prompts == peer.prompts
+    assert peer.prompts == {"query": "q: ", "passage": "", "document": ""}
+    with pytest.raises(TypeError, match="prompts must be a dict"):
+        SentenceEncoder.from_pretrained(tmp_path, prompts=["query"])  # type: ignore[arg-type]
 
 
 # Comparing
