@@ -458,6 +458,33 @@ def test_operations_that_changed_are_left_out(monkeypatch):
     close(fast(text()).last_hidden_state, make()(text()).last_hidden_state.detach())
 
 
+@pytest.mark.skipif(any(map(plan._obstacle, plan._INT8)), reason="only one library has products of bytes here")
+@pytest.mark.parametrize(
+    ("owner", "name", "other"),
+    [
+        (torch, "fbgemm_pack_quantized_matrix", quantize.Int8Linear),
+        (torch, "fbgemm_linear_int8_weight_fp32_activation", quantize.Int8Linear),
+        (torch.ops.onednn, "qlinear_prepack", quantize.FbgemmInt8Linear),
+    ],
+)
+def test_int8_by_the_library_that_is_left(owner, name, other, monkeypatch):
+    def gone(*args, **kwargs):
+        raise AttributeError(f"no {name}")
+
+    caches = (plan._measured, quantize.weight_levels, quantize._hear_deprecation)
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr(owner, name, gone)
+    monkeypatch.setattr(plan, "_LOSS", float("inf"))  # not the speed is asked for
+    try:
+        fast = optimize(make(), "int8", compile=False)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert fast.plan.kernels.linear is other
+    assert f"not as this version of torch has it (AttributeError: no {name})" in fast.explain()
+
+
 @pytest.mark.parametrize("name", plan._INT8)
 def test_products_of_extreme_bytes_are_exact(name):
     """The CPUs that add two products in 16 bits get weights of 7 bits; a kernel that saturates is not offered."""
