@@ -201,8 +201,8 @@ class CompiledPass:
         # What is added is the first token once more, or one of id 0 that no other sees
         ids_3N, row, column = (up_to(rounded(N), x, -1) for x in (ids_3N, places.row, places.column))
         inputs = [ids_3N, places.source, places.mask, row, column, up_to(rounded(M), picked, -1)]
-        # A copy of the list: tensors that the pass is the last to hold are freed within it, which lets go of Python's lock,
-        # and the next thread would take it and wait for a runner, for ever
+        # A copy of the list: tensors that the pass is the last to hold are freed within it, which lets go of Python's
+        # lock; the next thread would take it and wait for a runner, for ever
         return self.loader.boxed_run(list(inputs))[0][:M]
 
 
