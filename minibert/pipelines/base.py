@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minibert.checks import check_count, check_text, shown
 from minibert.fast import optimize
-from minibert.fast.exact import Held
+from minibert.fast.optimized import OptimizedModel
 from minibert.pipelines.items import is_stream, place
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 from minibert.weights import hub
@@ -103,7 +103,7 @@ class Pipeline:
         self.model, self.tokenizer, self.fast = model.eval(), tokenizer, fast
         self.batch_size, self.progress = batch_size, progress
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
-        self._optimized: tuple[Held, nn.Module] | None = None
+        self._optimized: nn.Module | None = None
         self._lock = ForkedLock()
 
     def __repr__(self) -> str:
@@ -131,10 +131,11 @@ class Pipeline:
         if not self.fast:
             return self.model
         with self._lock:
-            held, runner = self._optimized or (None, None)
-            if held is None or (runner is not self.model and held.change()):  # the plain model is right for good
-                self._optimized = Held(self.model), self._optimize()
-            return self._optimized[1]
+            runner = self._optimized
+            # The plain model, where it had to be that, is right for good
+            if runner is None or (isinstance(runner, OptimizedModel) and not runner.is_current()):
+                self._optimized = self._optimize()
+            return self._optimized
 
     def _optimize(self) -> nn.Module:
         try:
