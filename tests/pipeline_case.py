@@ -10,6 +10,16 @@ from reference import realign, rounding
 
 import minibert
 
+# A task, and the class of models that it needs
+HEADS = {
+    "fill-mask": "BertForMaskedLM",
+    "next-sentence-prediction": "BertForNextSentencePrediction",
+    "text-classification": "BertForSequenceClassification",
+    "token-classification": "BertForTokenClassification",
+    "question-answering": "BertForQuestionAnswering",
+    "feature-extraction": "BertModel",
+}
+
 
 @functools.cache
 def tolerance() -> float:

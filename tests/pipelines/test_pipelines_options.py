@@ -11,21 +11,13 @@ import threading
 import pytest
 import torch
 import transformers
-from pipeline_case import pipelines, same, tiny
+from pipeline_case import HEADS, pipelines, same, tiny
 from reference import rounding
 
 from minibert.pipelines import PIPELINES, pipeline
 from minibert.pipelines.base import ForkedLock
 
 TEXTS = ["Sarah lives in London.", "It was an unbelievably fine day."]
-HEADS = {
-    "fill-mask": "BertForMaskedLM",
-    "next-sentence-prediction": "BertForNextSentencePrediction",
-    "text-classification": "BertForSequenceClassification",
-    "token-classification": "BertForTokenClassification",
-    "question-answering": "BertForQuestionAnswering",
-    "feature-extraction": "BertModel",
-}
 
 
 @pytest.fixture(scope="module")

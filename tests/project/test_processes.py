@@ -11,20 +11,12 @@ from typing import Any
 import pytest
 import spawned
 import torch
-from pipeline_case import model_pair, same
+from pipeline_case import HEADS, model_pair, same
 from spawned import IDS, TEXTS, Holder, use_all
 
 from minibert import BertTokenizer, SentenceEncoder, optimize, pipeline
 
-TASKS = {
-    "fill-mask": "BertForMaskedLM",
-    "next-sentence-prediction": "BertForNextSentencePrediction",
-    "text-classification": "BertForSequenceClassification",
-    "token-classification": "BertForTokenClassification",
-    "question-answering": "BertForQuestionAnswering",
-    "feature-extraction": "BertModel",
-    "zero-shot-classification": "BertForSequenceClassification",
-}
+TASKS = {**HEADS, "zero-shot-classification": "BertForSequenceClassification"}
 NAMES = ["no", "neutral", "entailment"]
 ENTAILMENT = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
 
