@@ -195,11 +195,10 @@ class CompiledPass:
 
     def _run(self, ids_3N: Tensor, lengths: list[int], picked: Tensor | None) -> Tensor:
         places = Places.of(lengths)
-        N = ids_3N.shape[1]
-        picked = torch.arange(N) if picked is None else picked
-        M = len(picked)
+        picked = torch.arange(ids_3N.shape[1]) if picked is None else picked
+        N, M = rounded(ids_3N.shape[1]), len(picked)
         # What is added is the first token once more, or one of id 0 that no other sees
-        ids_3N, row, column = (up_to(rounded(N), x, -1) for x in (ids_3N, places.row, places.column))
+        ids_3N, row, column = (up_to(N, x, -1) for x in (ids_3N, places.row, places.column))
         inputs = [ids_3N, places.source, places.mask, row, column, up_to(rounded(M), picked, -1)]
         # A copy of the list: tensors that the pass is the last to hold are freed within it, which lets go of Python's
         # lock; the next thread would take it and wait for a runner, for ever

@@ -14,7 +14,8 @@ import torch
 from torch._inductor.fx_passes import mkldnn_fusion
 from torch.export import Dim, export
 
-from minibert.fast.graph import Pass, Places, Shape
+from minibert.fast.graph import KINDS, Pass, Places, Shape
+from minibert.fast.quantize import FbgemmInt8Linear
 
 # Weights stay outside; threads are those of whoever calls, not of who compiled
 OPTIONS = {
@@ -38,8 +39,9 @@ def stand_in() -> torch.library.Library:
     return library
 
 
-def call_torchs_own(recorded: Path, package: Path) -> None:
-    """Copy a package, with torch's operation in the place of the stand-in."""
+def call_torchs_own(package: Path) -> None:
+    """Put torch's operation in the place of the stand-in, in a package."""
+    recorded = package.rename(package.with_name("recorded.pt2"))
     with zipfile.ZipFile(recorded) as source, zipfile.ZipFile(package, "w") as target:
         for item in source.infolist():
             content = source.read(item)
@@ -57,12 +59,14 @@ def compile_pass(shape: Shape, package: Path) -> None:
     dynamic = ({1: N}, {0: B, 1: T}, {0: B, 1: T}, {0: N}, {0: N}, {0: M})
     if not shape.fuses:  # nor may the compiler join what is apart
         mkldnn_fusion._mkldnn_fusion_init = lambda: None
-    library = stand_in() if "Fbgemm" in shape.linear else None  # noqa: F841 (it is gone with the variable)
+    library = (
+        stand_in() if issubclass(KINDS[shape.linear], FbgemmInt8Linear) else None
+    )  # kept: the name goes with the variable
     with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
         program = export(Pass(shape).eval(), example, dynamic_shapes=dynamic)
-        recorded = package.with_name("recorded.pt2")
-        torch._inductor.aoti_compile_and_package(program, package_path=str(recorded), inductor_configs=OPTIONS)
-    call_torchs_own(recorded, package)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=OPTIONS)
+    if library is not None:
+        call_torchs_own(package)
 
 
 if __name__ == "__main__":

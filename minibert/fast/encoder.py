@@ -181,14 +181,14 @@ class CpuEngine:
         x_ND = self.embed(batch)
         states = [x_ND[:N]] if with_states else None
         maps: list[Tensor] | None = [] if with_maps else None
-        wanted = None
+        # Without states and maps, which are of all tokens, the last layer computes what is wanted
+        wanted = picked if self.layers and not with_states and not with_maps else None
         for number, layer in enumerate(self.layers, 1):
-            # Without states and maps, which are of all tokens, the last layer computes what is wanted
-            wanted = picked if number == len(self.layers) and not with_states and not with_maps else None
             if maps is not None:
                 B, T = batch.packing.shape
                 maps.append(x_ND.new_zeros(B, layer.heads, T, T))
-            x_ND = layer(x_ND, batch.packing, wanted, None if maps is None else maps[-1])
+            of_last = wanted if number == len(self.layers) else None
+            x_ND = layer(x_ND, batch.packing, of_last, None if maps is None else maps[-1])
             if states is not None:
                 states.append(x_ND[:N])
         if picked is not None and wanted is None:

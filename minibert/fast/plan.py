@@ -39,10 +39,10 @@ _GAIN = 1.1  # a second copy of the weights must be faster by this much
 _LOSS = 4  # a dtype is refused when slower than float32 by this much, again and again: emulation is far slower still
 _TRIES = 3
 _EMULATED = 20  # and is not even tried in full size when slower by this much in a small one: it could take minutes
-# What a product may be off by, in units of its largest value
-_ALLOWED = {"plain": 0.0, "float32": 1e-4, "bfloat16": 0.03, "float16": 0.01, "int8": 0.1, "int8 by FBGEMM": 0.1}
 _FBGEMM = "int8 by FBGEMM"  # the other library that torch has for products of bytes
 _INT8 = {"int8": Int8Linear, _FBGEMM: FbgemmInt8Linear}
+# What a product may be off by, in units of its largest value
+_ALLOWED = {"plain": 0.0, "float32": 1e-4, "bfloat16": 0.03, "float16": 0.01, **dict.fromkeys(_INT8, 0.1)}
 _lock = threading.Lock()
 
 
@@ -129,8 +129,9 @@ class Speeds:
 
     def receipts(self) -> list[str]:
         lines = [f"{name}: {speed:.0f} GFLOP/s" for name, speed in self.measured.items()]
-        times = ", ".join(f"{ratio:.2f} on {rows} tokens" for rows, ratio in self.fbgemm.items())
-        lines += [f"{_FBGEMM} against oneDNN: {times}"] * bool(times)
+        if self.fbgemm:
+            times = ", ".join(f"{ratio:.2f} on {rows} tokens" for rows, ratio in self.fbgemm.items())
+            lines.append(f"{_FBGEMM} against oneDNN: {times}")
         lines += [f"{name}: oneDNN's GELU is slower than a pass of its own" for name in sorted(self.unfused)]
         return lines + [f"{name}: {obstacle}" for name, obstacle in self.obstacles.items()]
 
@@ -185,10 +186,10 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
 
 
 def _obstacle(name: str) -> str:
-    """Why this build of torch or this CPU cannot compute in a dtype by oneDNN, or ""."""
-    library, has = ("oneDNN", torch.backends.mkldnn.is_available())
+    """Why this build of torch or this CPU cannot compute in a dtype by oneDNN, or bytes by FBGEMM, or ""."""
+    library, has = "oneDNN", torch.backends.mkldnn.is_available()
     if name == _FBGEMM:
-        library, has = ("FBGEMM", "fbgemm" in torch.backends.quantized.supported_engines)
+        library, has = "FBGEMM", "fbgemm" in torch.backends.quantized.supported_engines
     if not has:
         return f"torch is built without {library}"
     try:  # these operations are torch's own affair, and may change or go with any version
