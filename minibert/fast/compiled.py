@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -194,15 +194,32 @@ class CompiledPass:
         return last_ND if batch.picked is None else last_ND.index_select(0, batch.picked.index)
 
     def _run(self, ids_3N: Tensor, lengths: list[int], picked: Tensor | None) -> Tensor:
-        places = Places.of(lengths)
-        picked = torch.arange(ids_3N.shape[1]) if picked is None else picked
-        N, M = rounded(ids_3N.shape[1]), len(picked)
-        # What is added is the first token once more, or one of id 0 that no other sees
-        ids_3N, row, column = (up_to(N, x, -1) for x in (ids_3N, places.row, places.column))
-        inputs = [ids_3N, places.source, places.mask, row, column, up_to(rounded(M), picked, -1)]
+        N = ids_3N.shape[1]
+        alone = len(lengths) == 1 and picked is None
+        layout = _layout_of_one(N) if alone else _layout(lengths, picked)
+        # What is added is one token more, of id 0, that no other sees
+        inputs = [up_to(rounded(N), ids_3N, -1), *layout]
         # A copy of the list: tensors that the pass is the last to hold are freed within it, which lets go of Python's
         # lock; the next thread would take it and wait for a runner, for ever
-        return self.loader.boxed_run(list(inputs))[0][:M]
+        return self.loader.boxed_run(list(inputs))[0][: N if picked is None else len(picked)]
+
+
+def _layout(lengths: list[int], picked: Tensor | None) -> tuple[Tensor, ...]:
+    """All that a pass takes beside the ids: source, mask, row and column of Places, and the picked tokens.
+
+    Rows are rounded up; those added are the first token once more.
+    """
+    places, N = Places.of(lengths), sum(lengths)
+    picked = torch.arange(N) if picked is None else picked
+    row, column = (up_to(rounded(N), x) for x in (places.row, places.column))
+    return places.source, places.mask, row, column, up_to(rounded(len(picked)), picked)
+
+
+@lru_cache(maxsize=64)
+def _layout_of_one(tokens: int) -> tuple[Tensor, ...]:
+    """The same for a single text, kept: most calls are one short text, and each tensor made is a part of their time."""
+    with torch.device("cpu"):  # whatever the default is at the first such call
+        return _layout([tokens], None)
 
 
 def split(lengths: list[int], most: int = _TOKENS) -> list[list[int]]:

@@ -98,6 +98,20 @@ def test_what_is_compiled_computes_what_the_engine_does(linear):
 @needs_onednn
 @needs_compiler
 class TestOnePackage:
+    def test_a_text_alone_whatever_surrounded_the_first_one(self, compiled_cache):
+        """What a pass takes for a text of so many tokens is made once."""
+        fast, rows = optimize(small()), [[5, 6, 7, 8, 9]]
+        with torch.no_grad():
+            expected = fast.engine.compiled(pack_rows([*rows, *rows]))[:5]
+        compiled._layout_of_one.cache_clear()
+        with torch.device("meta"):
+            assert {part.device.type for part in compiled._layout_of_one(5)} == {"cpu"}
+        compiled._layout_of_one.cache_clear()
+        with torch.inference_mode():
+            close(fast.encode_rows(rows)[0], expected)
+        close(fast.encode_rows(rows)[0], expected)
+        assert compiled._layout_of_one.cache_info().hits == 1
+
     def test_serves_every_batch_without_compiling_again(self, compiled_cache):
         model = small()
         fast = optimize(model)
