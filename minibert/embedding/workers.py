@@ -10,19 +10,25 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from minibert.embedding.encoder import Options, SentenceEncoder
-    from minibert.embedding.texts import Text
+from minibert.embedding.texts import Text
 
 _AHEAD = 2  # chunks a worker has waiting, so that none is idle while results are taken in order
 
-_encoder: SentenceEncoder  # in a worker: its own
+
+class Embeds(Protocol):
+    """What a worker has a copy of: a SentenceEncoder, whose options are its own affair."""
+
+    def embed(self, texts: list[Text], options: Any) -> tuple[Any, int]: ...
+    def to(self, device: str) -> Embeds: ...
+
+
+_encoder: Embeds  # in a worker: its own
 
 
 class Pool:
@@ -31,7 +37,7 @@ class Pool:
     They share the threads of this process. `close`, or leaving the `with` block, ends them.
     """
 
-    def __init__(self, encoder: SentenceEncoder, devices: Sequence[str | torch.device]):
+    def __init__(self, encoder: Embeds, devices: Sequence[str | torch.device]):
         if not devices:
             raise ValueError("devices is empty: a pool needs at least one")
         threads = max(1, torch.get_num_threads() // len(devices))
@@ -49,7 +55,7 @@ class Pool:
             raise
         copy.clear()
 
-    def embed(self, parts: Iterator[list[Text]], options: Options) -> Iterator[tuple[Any, int]]:
+    def embed(self, parts: Iterator[list[Text]], options: Any) -> Iterator[tuple[Any, int]]:
         """What `SentenceEncoder.embed` gives for each part, in order.
 
         Raises RuntimeError that names the texts where a worker failed.
@@ -116,7 +122,7 @@ def _ready() -> None:
     """Done once the worker has its encoder."""
 
 
-def _embed(texts: list[Text], options: Options) -> tuple[Any, int]:
+def _embed(texts: list[Text], options: Any) -> tuple[Any, int]:
     results, cut = _encoder.embed(texts, options)
     return _map(results, _as_array), cut
 
