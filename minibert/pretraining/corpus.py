@@ -15,34 +15,29 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from minibert.pretraining.ids import TokenIds
 from minibert.pretraining.texts import Block, blocks, check_texts, documents
 from minibert.pretraining.vocabulary import check_vocab
 from minibert.text.tokenizer import BertTokenizer
 from minibert.weights import files as disk
 
 BLOCK_BYTES = 4 << 20  # text handed to a worker at a time: about a million tokens, one file of the result
-CACHED_WORDS = 400_000  # a worker forgets its words beyond this many, so that memory stays flat
-CACHED_CHARACTERS = 8_000_000  # or beyond this many in all: what is between blanks may be a whole line
 MAX_UNKNOWN = 0.05  # share of [UNK] above which the vocabulary is not one for this text
 FORMAT = 2
-
-_CHINESE_RANGES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF))  # the rarer ones beyond are left to `tokenizers`
-_CHINESE = re.compile("[{}-{}{}-{}]".format(*(chr(code) for ends in _CHINESE_RANGES for code in ends)))
 
 
 @dataclass(frozen=True)
@@ -106,115 +101,13 @@ class Corpus:
 # --- blocks to token files ----------------------------------------------------------------------------------------
 
 
-class _TokenIds:
-    """Token ids of many lines at once.
-
-    Where the tokenizer looks at one word at a time, as BERT's does, each distinct word is tokenized once (by
-    `tokenizers`) and looked up from then on: the same ids, several times faster.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._tokenizer.encode_special_tokens = True  # a "[MASK]" in the text is text
-        self.unknown_id = tokenizer.token_to_id(tokenizer.model.unk_token)
-        self._by_word = looks_at_words(tokenizer)
-        self._by_character = self._by_word and tokenizer.normalizer.handle_chinese_chars  # each Chinese one is a word
-        self._forget()
-
-    def _forget(self) -> None:
-        self._row: dict[str, int] = {}
-        self._starts = np.zeros(0, np.int64)  # of each known word in _ids
-        self._lengths = np.zeros(0, np.int64)
-        self._ids = np.zeros(0, np.int64)
-        self._characters = 0
-
-    def __call__(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of all lines in one array, and the number of tokens of each line."""
-        if not lines:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        if not self._by_word:
-            return self._encoded(lines)
-        joined = "\n".join(lines)
-        rows, words = (
-            self._rows_by_character(joined) if self._by_character and _CHINESE.search(joined) else self._rows(lines)
-        )
-        lengths = self._lengths[rows]
-        ends = np.concatenate([[0], np.cumsum(lengths)])
-        # position in _ids of each token: where its word starts there, plus its place within the word
-        places = np.repeat(self._starts[rows] - ends[:-1], lengths) + np.arange(ends[-1])
-        return self._ids[places], np.diff(ends[np.cumsum(words)], prepend=0)
-
-    def _rows(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The row of each word of all lines, and how many words each line has."""
-        rows = self._rows_of(" ".join(lines).split(" "))
-        return rows, np.array([line.count(" ") + 1 for line in lines])
-
-    def _rows_of(self, words: list[str]) -> np.ndarray:
-        """The row of each word; what is not known yet is learnt."""
-        rows = np.fromiter(map(self._row.get, words, repeat(-1)), np.int64, len(words))
-        unknown: Iterable[int] = np.flatnonzero(rows < 0).tolist()
-        if unknown and self._learn({words[i] for i in unknown}):
-            self._learn(set(words))
-            unknown = range(len(words))
-        rows[unknown] = [self._row[words[i]] for i in unknown]
-        return rows
-
-    def _rows_by_character(self, joined: str) -> tuple[np.ndarray, np.ndarray]:
-        """The same of lines with Chinese characters, each of which is a word; no str is made of each."""
-        codes = np.frombuffer(joined.encode("utf-32-le"), "<u4")
-        alone = np.zeros(len(codes), bool)
-        for first, last in _CHINESE_RANGES:
-            alone |= (codes >= first) & (codes <= last)
-        between = alone | (codes == ord(" ")) | (codes == ord("\n"))
-        starts = ~between  # where other words start
-        starts[1:] &= between[:-1]
-        text = np.where(between, np.uint32(ord(" ")), codes).astype("<u4").tobytes().decode("utf-32-le")
-        words = [word for word in text.split(" ") if word]
-        characters = np.flatnonzero(np.bincount(codes[alone]))
-        self._learn({*words, *map(chr, characters)})
-        row_of = np.zeros(_CHINESE_RANGES[-1][1] + 1, np.int64)
-        row_of[characters] = [self._row[chr(code)] for code in characters]
-        rows = np.zeros(len(codes), np.int64)
-        rows[starts] = np.fromiter(map(self._row.__getitem__, words), np.int64, len(words))
-        rows[alone] = row_of[codes[alone]]
-        found = alone | starts
-        return rows[found], np.bincount(np.cumsum(codes == ord("\n"))[found], minlength=joined.count("\n") + 1)
-
-    def _learn(self, words: set[str]) -> bool:
-        """Make these words known; whether all those before them were forgotten for it."""
-        full = len(self._row) + len(words) > CACHED_WORDS or self._characters > CACHED_CHARACTERS
-        if full:
-            self._forget()
-        new = sorted(words - self._row.keys())
-        self._characters += sum(map(len, new))
-        ids, lengths = self._encoded(new)
-        self._starts = np.concatenate([self._starts, len(self._ids) + np.cumsum(lengths) - lengths])
-        self._lengths = np.concatenate([self._lengths, lengths])
-        self._ids = np.concatenate([self._ids, ids])
-        self._row.update(zip(new, range(len(self._row), len(self._row) + len(new)), strict=True))
-        return full
-
-    def _encoded(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        return np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths
-
-
-def looks_at_words(tokenizer: Tokenizer) -> bool:
-    """Whether the ids of a text are those of its words between blanks, one after the other."""
-    plain = isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
-    plain &= isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
-    added = tokenizer.get_added_tokens_decoder().values()
-    return plain and not any(re.search(r"\s", token.content) for token in added)
-
-
-_token_ids: _TokenIds  # one a worker process
+_token_ids: TokenIds  # one a worker process
 
 
 def _start_worker(tokenizer: str) -> None:
     global _token_ids
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _token_ids = _TokenIds(Tokenizer.from_str(tokenizer))
+    _token_ids = TokenIds(Tokenizer.from_str(tokenizer))
 
 
 def _start_process(tokenizer: str) -> None:

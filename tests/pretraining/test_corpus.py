@@ -6,7 +6,6 @@ import gzip
 import json
 import lzma
 import pickle
-import random
 import subprocess
 import sys
 from itertools import pairwise
@@ -59,18 +58,6 @@ def test_ids_are_those_of_the_tokenizer(text, vocab, tmp_path):
     assert sentences_of(corpus) == [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
     assert np.diff(corpus.documents).tolist() == [3, 2] * 5 + [2]
     assert corpus.report.tokens == sum(map(len, sentences_of(corpus)))
-
-
-def test_forgetting_words_changes_nothing(text, vocab, tmp_path, monkeypatch):
-    pieces = corpus_module._TokenIds(BertTokenizer(vocab).backend_tokenizer)
-    lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
-    known = pieces(lines)
-    monkeypatch.setattr(corpus_module, "CACHED_WORDS", 3)
-    for line in lines:
-        pieces([line])
-    again = pieces(lines)
-    assert np.array_equal(known[0], again[0])
-    assert np.array_equal(known[1], again[1])
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".txt.gz", gzip.compress), (".txt.xz", lzma.compress)])
@@ -396,31 +383,6 @@ def test_scripts_without_blanks_have_the_ids_of_the_tokenizer(chinese, tmp_path)
     corpus = build(path, tmp_path / "corpus", tokenizer, max_unknown=1.0)
     expected = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
     assert sentences_of(corpus) == expected + expected[::-1]
-
-
-@pytest.mark.parametrize("chinese", [True, False])
-@pytest.mark.parametrize("lowercase", [True, False])
-def test_random_lines_of_many_scripts_have_the_ids_of_the_tokenizer(chinese, lowercase):
-    """Characters at the ends of the Chinese ranges, accents and blanks of all kinds beside them, empty lines."""
-    characters = "ab Z é́ 中文字㐀䶿䷀䷿一鿿ꀀ豈𠀀カ가ไ،，。.-\t\u00a0\u3000\u200b\u00ad"
-    known = [c for c in characters if not c.isspace()]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *known[::2], *(f"##{c}" for c in known[::3])]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = BertTokenizer(vocab, tokenize_chinese_chars=chinese, do_lower_case=lowercase)
-    draw = random.Random(0)
-    lines = ["".join(draw.choices(characters, k=draw.randint(0, 12))) for _ in range(2000)]
-    ids, lengths = corpus_module._TokenIds(tokenizer.backend_tokenizer)(lines)
-    expected = tokenizer(lines, add_special_tokens=False)["input_ids"]
-    assert lengths.tolist() == [len(row) for row in expected]
-    assert ids.tolist() == [index for row in expected for index in row]
-
-
-def test_memory_is_bounded_where_words_are_lines(vocab, monkeypatch):
-    monkeypatch.setattr(corpus_module, "CACHED_CHARACTERS", 1000)
-    pieces = corpus_module._TokenIds(BertTokenizer(vocab).backend_tokenizer)
-    for i in range(100):
-        pieces([f"the{i}cat" * 20])
-    assert len(pieces._row) < 30
 
 
 def test_a_mask_in_the_text_is_text(vocab, tmp_path):
