@@ -27,13 +27,9 @@ import zlib
 from itertools import product
 from pathlib import Path
 
-from common import RESULTS, machine
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from minibert.pretraining.batches import BatchMaker
 from minibert.pretraining.corpus import build_corpus
-from minibert.pretraining.order import plan_batches
-from minibert.pretraining.pairs import PairRules
 from minibert.pretraining.vocabulary import train_vocab
 
 TEXT = Path(__file__).parents[2] / "shared" / "corpus" / "validation.txt.xz"
@@ -44,12 +40,19 @@ SCRIPTS = ("latin", "cyrillic", "thai", "chinese")
 
 
 def measure(text: Path, vocab: Path, workers: int) -> dict[str, float]:
-    """Build a corpus and make batches, in this process and its workers."""
+    """Build a corpus and make batches, in this process and its workers.
+
+    The workers import this file: like those of `minibert pretrain`, they must not wait for torch.
+    """
     with tempfile.TemporaryDirectory() as directory:
         start = time.perf_counter()
         corpus = build_corpus(text, directory, vocab, num_workers=workers, progress=False)
         seconds = time.perf_counter() - start
         peaks = [own_peak(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]
+        from minibert.pretraining.batches import BatchMaker
+        from minibert.pretraining.order import plan_batches
+        from minibert.pretraining.pairs import PairRules
+
         plans, maker = plan_batches(corpus, PairRules(), 32), BatchMaker(corpus, PairRules())
         maker[next(plans)]  # the first one waits for the pairs of its block
         start = time.perf_counter()
@@ -127,6 +130,8 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(*map(Path, arguments.measure), arguments.workers)))
         return
+    from common import RESULTS, machine
+
     table = []
     with tempfile.TemporaryDirectory() as directory:
         for script, megabytes in product(arguments.scripts, arguments.megabytes):
@@ -147,7 +152,14 @@ def main() -> None:
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             result["library_tokens_per_second"] = library_speed(text, vocab)
             table.append(
-                {**machine(), "script": script, "megabytes": megabytes, "workers": arguments.workers, **result}
+                {
+                    **machine(),
+                    "text": arguments.text.name,
+                    "script": script,
+                    "megabytes": megabytes,
+                    "workers": arguments.workers,
+                    **result,
+                }
             )
             print(
                 f"{script}, {megabytes} MB: " + ", ".join(f"{name} {value:,}" for name, value in result.items()),
