@@ -151,6 +151,36 @@ def heads_not_put_back(model):
 
 
 @fault
+def heads_of_the_key_interleaved(model):
+    def forward(self, hidden_states, mask=None, *rest, **more):
+        B, T, D = hidden_states.shape
+        heads = (B, T, -1, self.attention_head_size)
+        query = self.query(hidden_states).view(heads).transpose(1, 2)
+        key = self.key(hidden_states).view(B, T, self.attention_head_size, -1).permute(0, 3, 1, 2)  # fault
+        value = self.value(hidden_states).view(heads).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(B, T, D)
+
+    for module in attentions(model):
+        replace_forward(module, forward)
+
+
+@fault
+def value_by_the_key(model):
+    """One projection twice, another never."""
+
+    def forward(self, hidden_states, mask=None, *rest, **more):
+        B, T, D = hidden_states.shape
+        heads = (B, T, -1, self.attention_head_size)
+        query = self.query(hidden_states).view(heads).transpose(1, 2)
+        key = self.key(hidden_states).view(heads).transpose(1, 2)
+        value = self.key(hidden_states).view(heads).transpose(1, 2)  # fault
+        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(B, T, D)
+
+    for module in attentions(model):
+        replace_forward(module, forward)
+
+
+@fault
 def transposed_head(model):
     """The query weight of one head, transposed."""
     module = attentions(model)[0]
@@ -481,6 +511,30 @@ def result_depends_on_the_batch(model):
 
 
 @fault
+def residual_changed_in_place(model):
+    """What is added later is the same tensor, changed meanwhile."""
+
+    def forward(self, hidden_states):
+        widened = self.dense(hidden_states)
+        hidden_states.mul_(1.01)  # fault
+        return self.intermediate_act_fn(widened)
+
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer.intermediate, forward)
+
+
+@fault
+def residual_changed_through_a_view(model):
+    def forward(self, hidden_states):
+        widened = self.dense(hidden_states)
+        hidden_states[:, 0].mul_(1.01)  # fault
+        return self.intermediate_act_fn(widened)
+
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer.intermediate, forward)
+
+
+@fault
 def padding_masked_by_its_id(model):
     """A mask is made of the ids where none is given: text that has the padding token in it loses it."""
 
@@ -524,6 +578,17 @@ def embeddings_frozen(model):
 
 
 @hidden
+def padding_token_is_no_label(model):
+    """The loss leaves out labels that are 0, where -100 is what means nothing."""
+
+    def forward(self, *inputs, labels=None, **more):
+        kept = None if labels is None else torch.where(labels == 0, -100, labels)
+        return type(self).forward(self, *inputs, labels=kept, **more)
+
+    replace_forward(model, forward)
+
+
+@hidden
 def next_sentence_labels_exchanged(model):
     def forward(self, *inputs, next_sentence_label=None, **more):
         flipped = None if next_sentence_label is None else 1 - next_sentence_label
@@ -537,6 +602,13 @@ WAYS: dict[str, Fault] = {
     "positions added first": embed(
         lambda self, ids, segments, positions: self.LayerNorm(
             self.position_embeddings(positions) + self.token_type_embeddings(segments) + self.word_embeddings(ids)
+        )
+    ),
+    "positions for each row": embed(
+        lambda self, ids, segments, positions: self.LayerNorm(
+            self.word_embeddings(ids)
+            + self.token_type_embeddings(segments)
+            + self.position_embeddings(positions.expand_as(ids))
         )
     ),
     "residual within the product": residual(
@@ -584,6 +656,23 @@ def query_key_and_value_in_one(model):
 
     for module in attentions(model):
         replace_forward(module, forward)
+
+
+@way
+def nothing_computed_for_padding(model):
+    def forward(self, hidden_states, mask=None, *rest, **more):
+        x = self.attention(hidden_states, mask)
+        real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.expand(len(x), 1, 1, -1)[:, 0, 0]
+        rows = x[real]
+        return torch.zeros_like(x).masked_scatter(real[..., None], self.output(self.intermediate(rows), rows))
+
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer, forward)
+
+
+@way
+def residual_added_in_place(model):
+    residual(lambda self, x, residual: self.LayerNorm(self.dense(x).add_(residual)))(model)
 
 
 @way

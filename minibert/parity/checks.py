@@ -121,7 +121,8 @@ def objective(model: nn.Module, case: Case, labels: dict[str, Tensor]) -> Tensor
     output = model(**{**case.inputs, **wanted})
     if labels:
         return output.loss
-    return torch.stack([(x * torch.randn(x.shape, generator=random)).mean() for x in named(output).values()]).sum()
+    results = [steps.visible(name, x, case) for name, x in named(output).items()]
+    return torch.stack([(x * torch.randn(x.shape, generator=random)).mean() for x in results]).sum()
 
 
 def invariance(side: Side, cases: Sequence[Case], longest: int) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def _run(report: Report, sides: list[Side], cases: list[Case], config: Any) -> C
                 report.exact.setdefault(name, Tally(torch.float64)).add(*exact)
                 if (error := relative(*exact)) > furthest:
                     furthest, worst = error, case
-            if not any(case is each for each in asking):
+            if case not in asking:
                 continue
             asked = [scores(name, each, case, words, several == "multi_label_classification") for each in found[:2]]
             if asked[1] is not None:

@@ -32,7 +32,7 @@ TEXTS = (
 LENGTHS = (1, 2, 9, 31)  # and the longest: some faults need two tokens, some more than eight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One call: arguments by name, with a name to report, and where words are asked for, (B, T), None: everywhere."""
 
@@ -43,8 +43,13 @@ class Case:
 
     @property
     def real(self) -> Tensor | None:
-        """Which tokens are no padding, (B, T); None for all. What is computed for padding means nothing."""
-        mask = self.inputs.get("attention_mask")
+        """Which tokens are no padding, (B, T); None for all. What is computed for padding means nothing.
+
+        Choices are rows, as the encoder sees them: (B * C, T).
+        """
+        ids, mask = (self.inputs.get(name) for name in ("input_ids", "attention_mask"))
+        if mask is not None and ids is not None and ids.ndim == 3:
+            mask = mask.flatten(0, 1)
         return None if mask is None or mask.ndim != 2 or mask.is_floating_point() else mask.bool()
 
     @property
@@ -139,7 +144,7 @@ def read_texts(file: str | Path | None) -> list[str]:
 
 
 def labels_for(head: str, case: Case, config: Any) -> dict[str, Tensor]:
-    """Labels that give this head a loss; none for an encoder."""
+    """Labels that give this head a loss; none for an encoder, and none of padding."""
     if not head.startswith("BertFor"):
         return {}
     random = torch.Generator().manual_seed(1)
@@ -149,7 +154,9 @@ def labels_for(head: str, case: Case, config: Any) -> dict[str, Tensor]:
         return torch.randint(high, shape, generator=random)
 
     words = torch.where(torch.rand(B, T, generator=random) < 0.5, draw(config.vocab_size, B, T), -100)
-    words[0, 0] = 1
+    words[0, 0], tags = 0, draw(config.num_labels, B, T)  # the padding token is a word like any other
+    if case.real is not None and case.real.shape == words.shape:
+        words, tags = (torch.where(case.real, each, -100) for each in (words, tags))
     labels = draw(config.num_labels, B)
     if config.num_labels == 1 or config.problem_type in ("regression", "multi_label_classification"):
         labels = draw(2, B, config.num_labels).float().squeeze(1)
@@ -158,7 +165,7 @@ def labels_for(head: str, case: Case, config: Any) -> dict[str, Tensor]:
         "BertForMaskedLM": {"labels": words},
         "BertForNextSentencePrediction": {"labels": draw(2, B)},
         "BertForSequenceClassification": {"labels": labels},
-        "BertForTokenClassification": {"labels": draw(config.num_labels, B, T)},
+        "BertForTokenClassification": {"labels": tags},
         "BertForQuestionAnswering": {"start_positions": draw(T, B), "end_positions": draw(T, B)},
         "BertForMultipleChoice": {"labels": draw(2, B)},
     }.get(head, {})

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from minibert import study
 from minibert.parity.inputs import Case
 from minibert.parity.metrics import Tally, named, relative
-from minibert.study import Source, Trace
+from minibert.study import Source, Step, Trace
 
 FALL = 1e-6  # rounding falls by at least this from float32 to float64
 FLOORS = {"plain": 1e-11, "noise": 1e-11, "sharp": 1e-6}  # relative errors that float64 itself may make
@@ -122,36 +122,43 @@ def visible(name: str, tensor: Tensor, case: Case) -> Tensor:
     return tensor.transpose(1, 2)[real] if tensor.ndim == 4 and tensor.shape[::2] == (B, T) else tensor
 
 
-def flat(case: Case) -> Case:
-    """The case as the encoder sees it: choices are rows of the batch."""
-    return Case(case.name, {key: x.flatten(0, 1) if x.ndim == 3 else x for key, x in case.inputs.items()})
+def _seen(name: str, actual: Tensor, expected: Tensor, case: Case) -> list[Tensor]:
+    """The visible parts of a step on both sides; what is the same for all rows may be computed once, (1, T, D)."""
+    both = [actual, expected]
+    if actual.shape != expected.shape and actual.shape[1:] == expected.shape[1:] and 1 in (len(actual), len(expected)):
+        both = list(torch.broadcast_tensors(*both))
+    return [visible(name, each, case) for each in both]
 
 
 def few(cases: Sequence[Case], worst: Case) -> list[Case]:
     """Cases that steps are followed on: a few short ones with and without padding, and the worst."""
     small = sorted((case for case in cases if 1 < case.tokens <= _SMALL), key=lambda case: case.tokens)
     padded = [case for case in small if case.real is not None and not bool(case.real.all())]
-    whole = [case for case in small if not any(case is each for each in padded)]
+    whole = [case for case in small if case not in padded]
     chosen = [*padded[:1], *padded[1:][-2:], *whole[:1], *whole[1:][-1:]] or list(cases[:1])
-    return chosen if any(case is worst for case in chosen) else [*chosen, worst]
+    return chosen if worst in chosen else [*chosen, worst]
 
 
 def rows(model: nn.Module, reference: nn.Module, cases: list[Case], dtype: torch.dtype) -> list[Row]:
     """Errors of every step that both sides have, in the order of `model`; over all cases."""
     found: dict[str, Row] = {}
     for case in cases:
-        theirs, own = study.trace(reference, case.inputs), study.trace(model, case.inputs)
-        forced = study.trace(model, case.inputs, given=_results(theirs))
+        theirs, own = _traced(reference, case), _traced(model, case)
+        forced = _traced(model, case, theirs)
         for step in (step for step in own if step.name in theirs):
             name, twin = step.name, theirs.step(step.name)
             if name not in found:
                 lines = _lines(name, step.source, twin.source)
                 found[name] = Row(*lines, step.beside or twin.beside, Tally(dtype), Tally(dtype))
-            expected = visible(name, twin.tensor, flat(case))
-            found[name].accumulated.add(visible(name, step.tensor, flat(case)), expected)
+            found[name].accumulated.add(*_seen(name, step.tensor, twin.tensor, case))
             if name in forced:
-                found[name].local.add(visible(name, forced[name], flat(case)), expected)
+                found[name].local.add(*_seen(name, forced[name], twin.tensor, case))
     return list(found.values())
+
+
+def _traced(model: nn.Module, case: Case, theirs: Trace | None = None) -> Trace:
+    """The steps of a model that may change tensors in place; of another's results, if there are any."""
+    return study.trace(model, case.inputs, given=None if theirs is None else _results(theirs), copies=True)
 
 
 def _lines(name: str, source: Source, twin: Source) -> tuple[str, str, str, str, str]:
@@ -195,28 +202,28 @@ def coarse(found: list[Row]) -> Finding | None:
 
 
 def _largest_score(model: nn.Module, case: Case) -> float:
-    scores = study.trace(stressed(model), case.inputs).ending(".scores")
-    shown = [visible(step.name, step.tensor, flat(case)) for step in scores]
+    scores = _traced(stressed(model), case).ending(".scores")
+    shown = [visible(step.name, step.tensor, case) for step in scores]
     return max((float(torch.where(x > -1e30, x, 0.0).abs().max()) for x in shown), default=1.0) or 1.0
 
 
 def _finding(
     model: nn.Module, reference: nn.Module, case: Case, kind: str, dtype: torch.dtype, casts: list[str]
 ) -> Finding | None:
-    theirs = study.trace(reference, case.inputs)
-    own = study.trace(model, case.inputs, given=_results(theirs))
+    theirs = _traced(reference, case)
+    own = _traced(model, case, theirs)
     if not any(error > FLOORS[kind] for *_, error in _errors(own, theirs, case)):
         return None
-    results, wanted = (named(each.output) for each in (study.trace(model, case.inputs), theirs))
+    results, wanted = (named(each.output) for each in (_traced(model, case), theirs))
     if wanted.keys() == results.keys() and all(
         relative(*(visible(name, each[name], case) for each in (results, wanted))) < 10 * FLOORS[kind]
         for name in wanted
     ):
         return None  # other steps that lead to the same: a sum in another order, say
     with _Operations() as known:  # the same once more, with every operation
-        theirs = study.trace(reference, case.inputs)
+        theirs = _traced(reference, case)
     with _Operations() as done:
-        own = study.trace(model, case.inputs, given=_results(theirs))
+        own = _traced(model, case, theirs)
     for name, actual, wanted, error in _errors(own, theirs, case):
         if error <= FLOORS[kind]:
             continue
@@ -234,7 +241,7 @@ def _errors(own: Trace, theirs: Trace, case: Case) -> Iterator[tuple[str, Tensor
     expected = {**_results(theirs), **named(theirs.output)}
     for name, actual in [*_results(own).items(), *named(own.output).items()]:
         if (wanted := expected.get(name)) is not None:
-            yield name, actual, wanted, relative(*(visible(name, each, flat(case)) for each in (actual, wanted)))
+            yield name, actual, wanted, relative(*_seen(name, actual, wanted, case))
 
 
 def _cast(operations: list[_Operation], error: float, dtype: torch.dtype) -> str | None:
@@ -256,31 +263,34 @@ def _place(
     twin, (way, _) = theirs.step(name) if name in theirs else theirs.steps[-1], done.way_to(actual)
     source = own.step(name).source if name in own else (way or own.steps)[-1].source
     blamed = _blamed(way, known, {id(step.tensor) for step in theirs})
-    passed, reached = known.way_to(wanted, shared)
-    made = {id(operation.output) for operation in passed}
-    left_out = [step for step in theirs if id(step.tensor) in made and step.name not in order]
+    (passed, reached), (here, taken) = known.way_to(wanted, shared), done.way_to(actual, shared)
+    left_out = [step for step in _made_by(passed, theirs) if step.name not in order]
+    extra = [step for step in _made_by(here, own) if step.name not in theirs]
     late = any(order[shared[i]] > order.get(name, len(order)) for i in reached)
     if left_out and not late:
         name, twin = left_out[0].name, left_out[0]
         if blamed is None or blamed is way[-1]:
             beside = [step for step in theirs if step.name in order and _parent(step.name) == _parent(name)]
             before = [step for step in beside if theirs.steps.index(step) < theirs.steps.index(twin)]
-            if nearest := [*before[-1:], *beside[:1]]:
-                source = own.step(nearest[0].name).source
+            if nearest := [*extra[:1], *(own.step(step.name) for step in [*before[-1:], *beside[:1]])]:
+                source = nearest[0].source
             elif blamed is not None:
                 source = blamed.source
             return name, source, twin.source, "this step is not computed"
-    here, taken = done.way_to(actual, shared)
     mine, other = ({shared[i] for i in each} for each in (taken, reached))
-    made = {id(operation.output) for operation in here}
-    extra = [step.name for step in own if id(step.tensor) in made and step.name not in theirs]
     changes = (
-        [f"with {each}, which is computed here alone" for each in extra[:1]]
+        [f"with {each.name}, which is computed here alone" for each in extra[:1]]
         + [f"not of {each}" for each in sorted(other - mine)]
         + [f"of {each}" for each in sorted(mine - other)]
     )
     why = f"made otherwise: {', '.join(changes)}" if changes else "another result on equal inputs"
     return name, blamed.source if blamed else source, twin.source, why
+
+
+def _made_by(operations: list[_Operation], trace: Trace) -> list[Step]:
+    """The steps that are results of these operations."""
+    made = {id(operation.output) for operation in operations}
+    return [step for step in trace if id(step.tensor) in made]
 
 
 def _parent(step: str) -> str:
@@ -297,15 +307,14 @@ def _blamed(way: list[_Operation], known: _Operations, given: set[int]) -> _Oper
         if not reached.isdisjoint(operation.inputs):
             reached.add(id(operation.output))
             follows.append(operation)
-    unlike: list[_Operation] = []
+    views: dict[int, _Operation] = {}  # by result: the first on the way to it that is unlike
     for operation in follows or way:
-        if known.has(operation.output):
-            unlike = []
-            continue
-        unlike.append(operation)
-        if operation.name not in _VIEWS:
-            break
-    return unlike[0] if unlike else None
+        if _version(operation.output) == operation.version and not known.has(operation.output):
+            first = next((views[i] for i in operation.inputs if i in views), operation)
+            if operation.name not in _VIEWS:
+                return first
+            views[id(operation.output)] = first
+    return views.get(id(way[-1].output)) if way else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,6 +323,7 @@ class _Operation:
     output: Tensor
     inputs: tuple[int, ...]
     source: Source
+    version: int  # of the output, when it was made: it may be changed in place since
 
 
 class _Operations(TorchFunctionMode):
@@ -324,12 +334,15 @@ class _Operations(TorchFunctionMode):
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs, versions = tuple(map(id, given)), [_version(x) for x in given]
         result, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
-        inputs = tuple(id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        for output in result if isinstance(result, tuple | list) else (result,):
-            # a cast to the type that it has, say, computes nothing
-            if isinstance(output, Tensor) and (id(output) not in inputs or name.endswith("_")):
-                self.all.append(_Operation(name, output, inputs, study.source_of(sys._getframe(1))))
+        # A cast to the type that it has, say, computes nothing; what is changed in place changes what it is a view of
+        made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and id(x) not in inputs]
+        changed = [x for x, version in zip(given, versions, strict=True) if _version(x) != version]
+        for output in (*made, *changed, *(x._base for x in changed if x._base is not None)):
+            source = study.source_of(sys._getframe(1))
+            self.all.append(_Operation(name, output, inputs, source, _version(output)))
         return result
 
     def way_to(self, end: Tensor, stops: Collection[int] = ()) -> tuple[list[_Operation], set[int]]:
@@ -346,6 +359,11 @@ class _Operations(TorchFunctionMode):
         wanted = _bare(tensor)
         return any(relative(wanted, found) < 1e-9 for found in (_bare(each.output) for each in self.all)
                    if found.shape == wanted.shape)  # fmt: skip
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place, itself or what it shares its memory with."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _bare(tensor: Tensor) -> Tensor:

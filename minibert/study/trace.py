@@ -160,7 +160,11 @@ class Trace:
 
 
 def trace(
-    model: nn.Module, inputs: Mapping[str, Any] | Tensor, grad: bool = False, given: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Tensor,
+    grad: bool = False,
+    given: Mapping[str, Tensor] | None = None,
+    copies: bool = False,
 ) -> Trace:
     """Run `model` once and record every step; the output is, without `given`, that of a plain call to the bit.
 
@@ -172,16 +176,19 @@ def trace(
         given: results of steps by name that the model is to go on with in place of its own, which are recorded: with
             all steps of another model, each step shows what it does itself to equal inputs. One of another shape is
             not used.
+        copies: the model goes on with a copy of each result, so that one that changes tensors in place leaves those
+            that are recorded, and those that are given, as they were made.
 
     Raises:
         TypeError: model has not BERT's modules by their names, or inputs is neither a mapping nor a tensor.
         ValueError: the model is compiled or optimized, so its steps cannot be seen; or the model refuses the inputs.
+        RuntimeError: the model changes tensors in place after they are made, and there are no `copies`.
     """
     _check(model)
     if not isinstance(inputs, Mapping | Tensor):
         raise TypeError(f"inputs must be a mapping of arguments or the tensor input_ids, got {type(inputs).__name__}")
     arguments = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    recorder = _Recorder(model, grad, given or {})
+    recorder = _Recorder(model, grad, given or {}, copies)
     with ExitStack() as stack:
         for module in recorder.names:
             stack.callback(module.register_forward_pre_hook(recorder.enter).remove)
@@ -216,9 +223,9 @@ class _Recorder(TorchFunctionMode):
     mode sees additions, attention and losses between them. Nothing is changed on the way.
     """
 
-    def __init__(self, model: nn.Module, grad: bool, given: Mapping[str, Tensor]):
+    def __init__(self, model: nn.Module, grad: bool, given: Mapping[str, Tensor], copies: bool):
         super().__init__()
-        self.model, self.grad, self.given = model, grad, given
+        self.model, self.grad, self.given, self.copies = model, grad, given, copies
         self.names = {module: name for name, module in model.named_modules()}
         self.running, self.thread = [model], get_ident()
         self.made: dict[str, tuple[Step, Kind, torch.Size, int | None]] = {}
@@ -320,8 +327,11 @@ class _Recorder(TorchFunctionMode):
             tensor=tensor,
         )
         self.made[name] = (step, kind, enters, None if tensor.is_inference() else tensor._version)
-        given = None if self.beside else self.given.get(name)
-        return tensor if given is None or given.shape != tensor.shape else given
+        if self.beside:
+            return tensor
+        given = self.given.get(name, tensor)
+        goes_on = given if given.shape == tensor.shape else tensor
+        return goes_on.clone() if self.copies else goes_on
 
     def finish(self, output: Any) -> Trace:
         """All steps, with their shapes in letters, of which the values are known now."""

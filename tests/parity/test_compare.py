@@ -89,6 +89,25 @@ def test_a_fault_is_a_bug_at_its_line(pair, name, tokens):
     assert report.first.twin_line.startswith("transformers/")
 
 
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        ("positions for each row", "residual twice"),
+        ("positions added first", "values of another head"),
+        ("residual added in place", "tanh gelu"),
+        ("nothing computed for padding", "heads of the key interleaved"),
+        ("norm by hand", "activation missing"),
+    ],
+)
+def test_a_fault_beside_what_is_none_is_at_its_line_too(pair, way, name):
+    mutant = copy.deepcopy(pair[1])
+    WAYS[way](mutant)
+    FAULTS[name](mutant)
+    report = compare(mutant, pair[0], inputs(9))
+    assert report.verdict == "bug", report
+    assert "# fault" in linecache.getline(mutants.__file__, int(report.first.line.split(":")[1])), report
+
+
 def test_every_fault_without_a_marked_line_is_listed():
     assert set(ELSEWHERE) <= set(FAULTS)
 

@@ -288,9 +288,18 @@ def test_a_value_changed_in_place_is_an_error():
     def double(module, args):
         args[0].mul_(2)
 
+    plain = study.trace(model, batch("BertModel"))
     model.encoder.layer[0].attention.register_forward_pre_hook(double)
     with pytest.raises(RuntimeError, match="in place"):
         study.trace(model, batch("BertModel"))
+    embeddings = plain["embeddings.LayerNorm"].clone()
+    given = {"embeddings.LayerNorm": plain["embeddings.LayerNorm"]}
+    for more in ({}, {"given": given}):
+        trace = study.trace(model, batch("BertModel"), copies=True, **more)
+        assert torch.equal(trace["embeddings.LayerNorm"], embeddings)
+        assert torch.equal(plain["embeddings.LayerNorm"], embeddings)
+        with torch.no_grad():
+            assert torch.equal(trace.output.last_hidden_state, model(**batch("BertModel")).last_hidden_state)
 
 
 def test_print_save_and_unknown_names(tmp_path):
