@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import Tensor
 from minibert.activations import Activation
 from minibert.base import BertPreTrainedModel
 from minibert.fast import compiled
-from minibert.fast.encoder import CpuEngine, Kernels, Linear
+from minibert.fast.encoder import FEW, CpuEngine, Kernels, Linear
 from minibert.fast.graph import shape_of
 from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
 from minibert.fast.optimized import OptimizedModel
@@ -33,7 +32,7 @@ from minibert.fast.race import race, wall_clock
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
 _ROWS = 256  # tokens at once: enough to be bound by arithmetic, few enough to stay in the cache
-_SHORT = 16  # tokens of a short text
+_SHORT, _MANY = 16, 1024  # tokens of a short text, and of a full batch
 _SMALLEST = (384, 1536)  # what is measured is no smaller: threads that wait for each other would tell nothing
 _GAIN = 1.1  # a second copy of the weights must be faster by this much
 _LOSS = 4  # a dtype is refused when slower than float32 by this much, again and again: emulation is far slower still
@@ -49,44 +48,57 @@ _lock = threading.Lock()
 @dataclass(frozen=True)
 class CpuPlan:
     """dtype: what products are computed in, "int8" too. compile: run a compiled pass, True: and make it if there is
-    none, None: if there is one. receipts: what was decided, and on what evidence.
+    none, None: if there is one. receipts: what was decided, and on what evidence. many: the kernels for more than FEW
+    tokens, where they are others.
     """
 
     dtype: str
     kernels: Kernels
     receipts: tuple[str, ...]
     compile: bool | None = False
+    many: Kernels | None = None
 
     @torch.no_grad()
     def build(self, model: BertPreTrainedModel) -> OptimizedModel:
         """The optimized model."""
         head = getattr(getattr(model, "cls", None), "predictions", None)
-        engine = CpuEngine(model.base_model, head, self.kernels)
+        engine, notes = CpuEngine(model.base_model, head, self.kernels), []
+        if self.many is not None:
+            many = CpuEngine(model.base_model, None, self.many)
+            many.share_values(engine)
+            # First the pass for many tokens: where that for few is found, both are
+            notes.append(f"compiled, more than {FEW} tokens: {self._compiled(model, many)}")
+        notes.append(f"compiled: {self._compiled(model, engine)}")
+        if self.many is not None and (many.compiled or not engine.compiled):
+            engine.many = many
+        elif self.many is not None:
+            notes.append(f"more than {FEW} tokens: as few, since what is compiled is faster")
         memory = f"memory: {engine.nbytes / 2**20:.0f} MiB for the second copy of the weights"
-        return OptimizedModel(model, engine, self, (memory, f"compiled: {self._compiled(model, engine)}"))
+        return OptimizedModel(model, engine, self, (memory, *reversed(notes)))
 
     def __str__(self) -> str:
-        return f"{self.dtype} on {self.kernels.linear.__name__}, {torch.get_num_threads()} threads"
+        others = "" if self.many is None else f", beyond {FEW} tokens on {self.many.linear.__name__}"
+        return f"{self.dtype} on {self.kernels.linear.__name__}{others}, {torch.get_num_threads()} threads"
 
     def _compiled(self, model: BertPreTrainedModel, engine: CpuEngine) -> str:
         """Give the engine a compiled pass, where there is one to be had, and say so."""
         if self.compile is False:
             return "no, as asked"
         # Where torch's own products are the fastest, operation by operation, a graph would still have oneDNN's
-        kernels = self.kernels
+        kernels = engine.kernels
         if _can_be_prepacked(self.dtype, kernels):
             float32 = _all(torch.float32, UnfusedLinear)
             kernels = replace(kernels, careful=PrepackedLinear) if self.dtype == "int8" else float32
         shape = shape_of(model.base_model, kernels)
         if isinstance(shape, str):
             return f"no, {shape}"
-        if self.compile and kernels != self.kernels:
+        if self.compile and kernels != engine.kernels:
             return f"no, {compiled.compiler_obstacle() or 'float32 by oneDNN cannot be had here'}"
         try:
             package = compiled.make(shape, self.receipts) if self.compile else compiled.find(shape)
         except compiled.CannotCompileError as why:
             return f"no, {why}"
-        if package is None or kernels != self.kernels:
+        if package is None or kernels != engine.kernels:
             seconds, where = compiled.expected_seconds(shape), compiled.directory()
             return (
                 "no, operation by operation; optimize(model, compile=True) makes it one graph, in about "
@@ -122,10 +134,17 @@ class Speeds:
 
     @property
     def by_fbgemm(self) -> bool:
-        """Whether bytes are for FBGEMM: a short text counts as much as a long one."""
+        """Whether bytes are for FBGEMM, as short texts have it."""
         if self.fbgemm:
-            return math.prod(self.fbgemm.values()) > 1
+            return self.fbgemm[_SHORT] > 1
         return _FBGEMM in self.measured and "int8" not in self.measured
+
+    @property
+    def many_by_fbgemm(self) -> bool:
+        """The same for many tokens, for which the other library must be worth its copy of the weights."""
+        if not self.fbgemm:
+            return self.by_fbgemm
+        return self.fbgemm[_MANY] > (1 / _GAIN if self.by_fbgemm else _GAIN)
 
     def receipts(self) -> list[str]:
         lines = [f"{name}: {speed:.0f} GFLOP/s" for name, speed in self.measured.items()]
@@ -179,8 +198,9 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
     both = {name: kernels[name] for name in _INT8 if name in seconds}
     fbgemm = {}
     if len(both) == 2:
-        short, _ = _race({"plain": kernels["plain"], **both}, D, F, _SHORT)
-        fbgemm = {rows: times["int8"] / times[_FBGEMM] for rows, times in ((_SHORT, short), (_ROWS, seconds))}
+        for rows in (_SHORT, _MANY):
+            times, _ = _race({"plain": kernels["plain"], **both}, D, F, rows)
+            fbgemm[rows] = times["int8"] / times[_FBGEMM]
     speeds = {name: 2 * _ROWS * D * F / s / 1e9 for name, s in seconds.items()}
     return Speeds(speeds, obstacles | wrong, frozenset(unfused), fbgemm)
 
@@ -240,7 +260,7 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
             shape = shape_of(model.base_model, kernels)
             package = None if isinstance(shape, str) else compiled.find(shape)
             if package is not None:
-                return CpuPlan(wanted, kernels, package.measured, compile)
+                return CpuPlan(wanted, kernels, package.measured, compile, _found_for_many(model, kernels))
     others = {"auto": ["bfloat16"], "int8": [*_INT8, "bfloat16"], "float32": []}.get(wanted, [wanted])
     for attempt in range(_TRIES):  # other work on the machine makes everything look slow at times
         speeds = measure(others, model.config.hidden_size, model.config.intermediate_size, attempt)
@@ -251,7 +271,7 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
     elif speeds.of(wanted) * _LOSS < speeds.float32 and wanted != "float32":
         reason = speeds.obstacles.get(wanted, f"{speeds.of(wanted):.0f} GFLOP/s, float32 has {speeds.float32:.0f}")
         raise ValueError(f"dtype={wanted!r}: this CPU is slow at it ({reason}); use 'auto' or 'float32'")
-    kernels = _kernels(wanted, speeds)
+    kernels, many = _kernels(wanted, speeds), None
     can_compile = compile and speeds.of("float32") and not compiled.compiler_obstacle()
     if can_compile and _can_be_prepacked(wanted, kernels):
         prepacked = _prepacked("float32", speeds)
@@ -262,7 +282,10 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
     if wanted == "int8" and weight_levels(kernels.linear) < 127:
         why += "; weights of 7 bits, since this CPU adds products of bytes in 16 bits, which saturates"
     chosen = f"chosen: {wanted} on {kernels.linear.__name__}, {why}"
-    return CpuPlan(wanted, kernels, (_threads(), *speeds.receipts(), chosen), compile)
+    if wanted == "int8" and speeds.by_fbgemm != speeds.many_by_fbgemm:
+        many = _int8(speeds.many_by_fbgemm, kernels.careful)
+        chosen += f"; beyond {FEW} tokens on {many.linear.__name__}"
+    return CpuPlan(wanted, kernels, (_threads(), *speeds.receipts(), chosen), compile, many)
 
 
 def _kernels(name: str, speeds: Speeds) -> Kernels:
@@ -284,6 +307,15 @@ def _compilable(name: str) -> list[Kernels]:
     if name == "int8":
         return [_int8(*each) for each in product((True, False), (Bfloat16Linear, PrepackedLinear))]
     return [] if name == "auto" else [_all(getattr(torch, name), linear) for linear in (PrepackedLinear, UnfusedLinear)]
+
+
+def _found_for_many(model: BertPreTrainedModel, kernels: Kernels) -> Kernels | None:
+    """The other library of bytes for many tokens, if a pass by it was compiled too."""
+    if not issubclass(kernels.linear, Int8Linear):
+        return None
+    many = _int8(not issubclass(kernels.linear, FbgemmInt8Linear), kernels.careful)
+    shape = shape_of(model.base_model, many)
+    return None if isinstance(shape, str) or compiled.find(shape) is None else many
 
 
 def _can_be_prepacked(name: str, kernels: Kernels) -> bool:

@@ -233,23 +233,40 @@ class TestOnePackage:
 @needs_onednn
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("by_fbgemm", [False, True])
-def test_int8_in_one_graph(tmp_path, monkeypatch, by_fbgemm):
-    name = plan._FBGEMM if by_fbgemm else "int8"
-    if plan._obstacle(name):
-        pytest.skip(plan._obstacle(name))
+@pytest.mark.parametrize(
+    "names", [("int8",), (plan._FBGEMM,), ("int8", plan._FBGEMM)], ids=["onednn", "fbgemm", "both"]
+)
+def test_int8_in_one_graph(tmp_path, monkeypatch, names):
+    """By one library, or by one for few tokens and another for many: then it is two graphs."""
+    for name in names:
+        if plan._obstacle(name):
+            pytest.skip(plan._obstacle(name))
     monkeypatch.setenv("MINIBERT_CACHE", str(tmp_path))
-    speeds = plan.Speeds({"plain": 1.0, "float32": 2.0, name: 4.0}, {})
+    monkeypatch.delenv("MINIBERT_COMPILE", raising=False)
+    ratios = {16: 2.0, 1024: 0.5} if len(names) == 2 else {}
+    speeds = plan.Speeds({"plain": 1.0, "float32": 2.0, **dict.fromkeys(names, 4.0)}, {}, fbgemm=ratios)
     monkeypatch.setattr(plan, "measure", lambda names, D, F, attempt=0: speeds)
     model = small(hidden_size=96)
     fast, eager = optimize(model, "int8", compile=True), optimize(model, "int8", compile=False)
     assert fast.engine.compiled, fast.explain()
-    assert ("Fbgemm" in fast.explain()) == by_fbgemm
+    assert ("Fbgemm" in fast.explain()) == (plan._FBGEMM in names)
+    monkeypatch.setattr(compiled, "_compile", lambda *args: pytest.fail("compiled again"))
+    again = optimize(model, "int8", compile=True)
+    assert again.plan == fast.plan
+    for engine in (fast.engine, again.engine):
+        assert (engine.many is not None and engine.many.compiled is not None) == bool(ratios), fast.explain()
     for rows in ([[5, 6, 7]], [[9] * 32, [8] * 3], [[7] * 32] * 20):
         with torch.no_grad():
             exact = torch.cat([model(torch.tensor([row])).last_hidden_state[0] for row in rows])
-        wrong = [float((engine.encode_rows(rows)[0] - exact).norm() / exact.norm()) for engine in (fast, eager)]
+        wrong = [float((each.encode_rows(rows)[0] - exact).norm() / exact.norm()) for each in (fast, eager)]
         assert wrong[0] < max(0.02, 1.5 * wrong[1])
+    if ratios:  # without its pass, the engine for many tokens is slower than the other's pass, and not used
+        monkeypatch.setattr(compiled, "attach", lambda engine, *args, attach=compiled.attach: (
+            "broken" if engine.kernels == fast.plan.many else attach(engine, *args)))  # fmt: skip
+        left = optimize(model, "int8")
+        assert left.engine.compiled
+        assert left.engine.many is None
+        assert "as few" in left.explain()
 
 
 def test_one_of_many_compiles(empty_cache):

@@ -1,5 +1,7 @@
 """The fast path in bfloat16 and int8: close to float32, refused where slow, chosen only where fast."""
 
+import pickle
+
 import pytest
 import torch
 from test_fast import close, make, masks, text
@@ -148,14 +150,61 @@ def test_int8_of_a_token_depends_on_no_other(linear, after_gelu):
             assert torch.equal(layer(x[rows]), together[rows]), (kind, rows)
 
 
-def test_the_library_of_int8_is_chosen_by_short_and_long_texts():
+@pytest.mark.parametrize(
+    ("short", "long", "expected"),
+    [
+        (1.9, 1.0, (True, True)),
+        (1.9, 0.95, (True, True)),  # not worth a second copy of the weights
+        (1.9, 0.6, (True, False)),
+        (0.9, 0.6, (False, False)),
+        (0.9, 1.05, (False, False)),
+        (0.9, 1.5, (False, True)),
+    ],
+)
+def test_the_library_of_int8_is_chosen_by_the_number_of_tokens(short, long, expected):
     measured = {"plain": 1.0, "int8": 8.0, plan._FBGEMM: 7.0}
-    for fbgemm, expected in (({16: 1.9, 256: 0.9}, True), ({16: 1.9, 256: 0.5}, False), ({16: 0.9, 256: 1.0}, False)):
-        speeds = plan.Speeds(measured, {}, fbgemm=fbgemm)
-        assert speeds.by_fbgemm == expected
-        assert f"{fbgemm[16]:.2f} on 16 tokens, {fbgemm[256]:.2f} on 256 tokens" in "".join(speeds.receipts())
-    assert plan.Speeds({"plain": 1.0, plan._FBGEMM: 7.0}, {}).by_fbgemm
-    assert not plan.Speeds({"plain": 1.0, "int8": 7.0}, {}).by_fbgemm
+    speeds = plan.Speeds(measured, {}, fbgemm={16: short, 1024: long})
+    assert (speeds.by_fbgemm, speeds.many_by_fbgemm) == expected
+    assert f"{short:.2f} on 16 tokens, {long:.2f} on 1024 tokens" in "".join(speeds.receipts())
+
+
+def test_the_library_of_int8_that_is_there():
+    for name, expected in ((plan._FBGEMM, True), ("int8", False)):
+        speeds = plan.Speeds({"plain": 1.0, name: 7.0}, {})
+        assert speeds.by_fbgemm == speeds.many_by_fbgemm == expected
+
+
+@pytest.mark.skipif(plan._FBGEMM in MISSING, reason=MISSING.get(plan._FBGEMM, ""))
+def test_few_and_many_tokens_go_to_kernels_of_their_own(monkeypatch):
+    """Each library computes what it is faster at: one model, one copy of the values' weights."""
+    speeds = plan.Speeds(
+        {"plain": 1.0, "float32": 2.0, "int8": 8.0, plan._FBGEMM: 7.0}, {}, fbgemm={16: 2.0, 1024: 0.5}
+    )
+    monkeypatch.setattr(plan, "measure", lambda names, D, F, attempt=0: speeds)
+    model = make(BertForMaskedLM, hidden_size=96)
+    fast = optimize(model, "int8", compile=False)
+    few, many = fast.engine, fast.engine.many
+    assert [type(engine.layers[0].up) for engine in (few, many)] == [FbgemmInt8Linear, Int8Linear]
+    assert few.layers[0].inputs[1] is many.layers[0].inputs[1]
+    assert "beyond 128 tokens on Int8Linear" in fast.explain()
+    assert "beyond 128 tokens on Int8Linear" in repr(fast)
+    alone = plan.CpuPlan("int8", plan._int8(True, type(few.layers[0].inputs[1])), ()).build(model).engine
+    assert alone.nbytes < few.nbytes < 2 * alone.nbytes
+    asked = []
+    monkeypatch.setattr(
+        many, "embed", lambda batch, embed=many.embed: asked.append(batch.packing.tokens) or embed(batch)
+    )
+    for shape in ((4, 32), (5, 26), (1, 30), (20, 30)):
+        ids = text(shape=shape)
+        with torch.no_grad():
+            exact = model(ids, output_hidden_states=True)
+        got = fast(ids, output_hidden_states=True)
+        assert error(got.logits, exact.logits) < 0.05
+        assert all(error(*pair) < 0.05 for pair in zip(got.hidden_states, exact.hidden_states, strict=True))
+    assert asked == [130, 600]
+    again = pickle.loads(pickle.dumps(fast))
+    assert type(again.engine.many.layers[0].up) is Int8Linear
+    assert torch.equal(again(ids).logits, fast(ids).logits)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.03), ("int8", 0.05)])
