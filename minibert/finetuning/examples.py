@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
@@ -24,6 +25,9 @@ from minibert.finetuning.files import (
 
 MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
 _LABELLED = ("label", "labels", "score", "similarity", "is_duplicate", "gold_label")  # as files of pairs name them
+
+# What Excel, its cousins and LibreOffice write where a formula has no result
+_NO_RESULT = re.compile(r"#(N/A|REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|SPILL!|CALC!)|Err:5\d\d")
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ def _text(record: dict[str, Any], name: str, place: str) -> str:
         raise ValueError(f"{place}: {name!r} must be a text, got {value!r:.60}")
     if is_blank(value):
         raise ValueError(f"{place}: the text is empty" + ("" if name == "text" else f" ({name!r})"))
-    return check_unicode(value, place, name)
+    return _written(value, place, name)
 
 
 def _optional_text(record: dict[str, Any], name: str, place: str) -> str | None:
@@ -267,4 +271,11 @@ def _name(value: Any, place: str) -> str:
     # "nan" is what a missing number becomes when a table is written
     if not isinstance(value, str) or not value.strip() or value.strip().lower() == "nan":
         raise ValueError(f"{place}: the label must be one name, got {value!r:.60}; a whole number is one too")
-    return check_unicode(value.strip(), place, "label")
+    return _written(value.strip(), place, "label")
+
+
+def _written(value: str, place: str, name: str) -> str:
+    """The value itself, unless it is no Unicode text, or stands for a spreadsheet's error: nobody wrote that."""
+    if _NO_RESULT.fullmatch(value.strip()):
+        raise ValueError(f"{place}: {name!r} is {value.strip()!r}, a spreadsheet's mark of a formula without a result")
+    return check_unicode(value, place, name)
