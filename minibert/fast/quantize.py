@@ -93,8 +93,12 @@ class Int8Linear:
 
     def multiply(self, steps: Tensor) -> Tensor:
         """round(x) W^T for x (N, in) of float32, within -centre and 255 - centre; may write to x."""
+        return self.multiply_bytes(self._rounded(steps))
+
+    def multiply_bytes(self, rounded: Tensor) -> Tensor:
+        """The same for x already rounded and moved up by `centre`, (N, in) of uint8."""
         return torch.ops.onednn.qlinear_pointwise.default(
-            self._rounded(steps), 1.0, self.centre, self.weight, self.scale, self.zero_points,
+            rounded, 1.0, self.centre, self.weight, self.scale, self.zero_points,
             None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
 
