@@ -70,7 +70,7 @@ def directory() -> Path:
 
 def expected_seconds(shape: Shape) -> int:
     """About what compiling takes on two cores; to be said before it is begun."""
-    return 40 + 2 * shape.layers
+    return 55 + 2 * shape.layers
 
 
 def key(shape: Shape) -> str:
