@@ -646,6 +646,22 @@ def head_by_head(model):
 
 
 @way
+def attention_in_two_halves(model):
+    """The keys' halves apart, each with its own softmax, then together by their weights, as fused kernels do."""
+
+    def kernel(query, key, value, mask):
+        scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
+        scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        halves = list(zip(scores.chunk(2, -1), value.chunk(2, 2), strict=True))
+        sums = torch.cat([half.logsumexp(-1, True) for half, _ in halves], -1)
+        parts = [torch.matmul(half.softmax(-1), values) for half, values in halves]
+        shares = sums.softmax(-1)
+        return sum(shares[..., i : i + 1] * part for i, part in enumerate(parts))
+
+    with_attention(model, kernel)
+
+
+@way
 def query_key_and_value_in_one(model):
     def forward(self, hidden_states, mask=None, *rest, **more):
         B, T, D = hidden_states.shape

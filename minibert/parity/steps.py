@@ -156,9 +156,10 @@ def rows(model: nn.Module, reference: nn.Module, cases: list[Case], dtype: torch
     return list(found.values())
 
 
-def _traced(model: nn.Module, case: Case, theirs: Trace | None = None) -> Trace:
-    """The steps of a model that may change tensors in place; of another's results, if there are any."""
-    return study.trace(model, case.inputs, given=None if theirs is None else _results(theirs), copies=True)
+def _traced(model: nn.Module, case: Case, theirs: Trace | None = None, free: Collection[str] = ()) -> Trace:
+    """The steps of a model that may change tensors in place; of another's results, if there are any, but for `free`."""
+    given = {} if theirs is None else {name: x for name, x in _results(theirs).items() if name not in free}
+    return study.trace(model, case.inputs, given=given, copies=True)
 
 
 def _lines(name: str, source: Source, twin: Source) -> tuple[str, str, str, str, str]:
@@ -220,12 +221,13 @@ def _finding(
         for name in wanted
     ):
         return None  # other steps that lead to the same: a sum in another order, say
+    free = _alike_by_name(model, theirs, case, FLOORS[kind])
     with _Operations() as known:  # the same once more, with every operation
         theirs = _traced(reference, case)
     with _Operations() as done:
-        own = _traced(model, case, theirs)
+        own = _traced(model, case, theirs, free)
     for name, actual, wanted, error in _errors(own, theirs, case):
-        if error <= FLOORS[kind]:
+        if error <= FLOORS[kind] or name in free:
             continue
         way, common = done.way_to(actual)[0], {id(x) for x in _results(theirs).values() if x is not wanted}
         cast = _cast([*way, *known.way_to(wanted, common)[0]], error, dtype)
@@ -234,6 +236,21 @@ def _finding(
             return Finding(*_lines(step, source, twin), case.name, kind, error, why)
         casts += [cast] * (cast not in casts)
     return None
+
+
+def _alike_by_name(model: nn.Module, theirs: Trace, case: Case, floor: float) -> set[str]:
+    """Steps that are the other side's by name alone, half of a product, say: what follows is right only if the model
+    goes on with its own result.
+    """
+
+    def wrong(free: set[str]) -> list[str]:
+        errors = _errors(_traced(model, case, theirs, free), theirs, case)
+        return [name for name, *_, error in errors if error > floor and name not in free]
+
+    free: set[str] = set()
+    while (found := wrong(free)) and set(wrong({*free, found[0]})) < set(found[1:]):
+        free.add(found[0])
+    return free
 
 
 def _errors(own: Trace, theirs: Trace, case: Case) -> Iterator[tuple[str, Tensor, Tensor, float]]:

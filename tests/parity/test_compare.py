@@ -97,6 +97,7 @@ def test_a_fault_is_a_bug_at_its_line(pair, name, tokens):
         ("residual added in place", "tanh gelu"),
         ("nothing computed for padding", "heads of the key interleaved"),
         ("norm by hand", "activation missing"),
+        ("attention in two halves", "activation missing"),
     ],
 )
 def test_a_fault_beside_what_is_none_is_at_its_line_too(pair, way, name):
