@@ -90,7 +90,7 @@ def gradients(modules: Sequence[nn.Module], case: Case, labels: dict[str, Tensor
         with torch.enable_grad():
             loss = objective(model, case, labels)
             loss.backward()
-        return {**{name: p.grad for name, p in model.named_parameters() if p.grad is not None}, "loss": loss.detach()}
+        return {**{name: p.grad for name, p in _parameters(model) if p.grad is not None}, "loss": loss.detach()}
 
     return _on_both(compute, modules, "gradients and the loss")
 
@@ -109,9 +109,14 @@ def training(modules: Sequence[nn.Module], case: Case, labels: dict[str, Tensor]
                 loss.backward()
                 optimizer.step()
                 losses[f"loss {step}"] = loss.detach()
-        return losses if exact else {**losses, **{name: p.detach() for name, p in model.named_parameters()}}
+        return losses if exact else {**losses, **{name: p.detach() for name, p in _parameters(model)}}
 
     return _on_both(compute, modules, f"losses and parameters of {count} steps of AdamW")
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """By the names that they have where nothing is compiled."""
+    return ((name.replace("_orig_mod.", ""), parameter) for name, parameter in model.named_parameters())
 
 
 def objective(model: nn.Module, case: Case, labels: dict[str, Tensor]) -> Tensor:

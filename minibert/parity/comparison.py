@@ -248,7 +248,8 @@ def compare(
         raise ValueError(f"checks has {unknown.pop()!r}: must be of {', '.join(CHECKS)}")
     own, theirs = as_side(model, "model"), as_side(reference, "reference")
     config = getattr(own.run, "config", None) or getattr(theirs.run, "config", None)
-    cases = as_cases(inputs, config, type(own.module or theirs.module).__name__)
+    module = theirs.module if own.module is None else own.module  # a compiled one has no truth value
+    cases = as_cases(inputs, config, type(module).__name__)
     report = comparison(own, theirs, cases, config, require)
     if checks:
         from minibert.parity.checks import run

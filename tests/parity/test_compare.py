@@ -226,6 +226,7 @@ AROUND = {
     "offset 4": lambda model: moved(model, 4),
     "columns": moved,
     "fast path": minibert.optimize,
+    "compiled": lambda model: torch.compile(copy.deepcopy(model), backend="eager"),
 }
 
 
