@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from minibert.parity.comparison import Report, Side, finite
 from minibert.parity.inputs import Case
+from minibert.parity.sides import Side
 from minibert.parity.steps import visible
+from minibert.parity.verdict import Report, finite
 
 SCHEMA_VERSION = 1
 SUBJECTS = ("weights", "files", "texts")

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.parity import steps
-from minibert.parity.comparison import Report, Side, coarsest, first_line
 from minibert.parity.inputs import Case, labels_for
 from minibert.parity.metrics import Outputs, Tally, named, relative
+from minibert.parity.sides import Side, coarsest
+from minibert.parity.verdict import Report, first_line
 
 _ULPS = 1e4  # and in ulps, for a side that has no float64
 _FLOOR = 1e-9  # relative error in float64 above which a difference is a bug

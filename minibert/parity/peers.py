@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minibert.parity.comparison import Side, coarsest, numbered
 from minibert.parity.inputs import Case
+from minibert.parity.sides import Side, coarsest, numbered
 from minibert.weights.convert import aligned
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")  # all else is a result

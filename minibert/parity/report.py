@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from minibert.parity.certificate import FACTS, combined
-from minibert.parity.comparison import summary
+from minibert.parity.verdict import summary
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:92em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.2em .7em;text-align:left}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,24 @@ def test_no_module_reaches_itself():
 
     for name in ARROWS:
         assert name not in below(name)
+
+
+def imported_files(path: Path) -> set[Path]:
+    """Files of the package that a file imports: at its top, inside a function, and for types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minibert":
+            folder = PACKAGE.parent / Path(*node.module.split("."))
+            for name in [alias.name for alias in node.names]:
+                files = (folder / f"{name}.py", folder / name / "__init__.py", folder.with_suffix(".py"))
+                found.add(next((file for file in files if file.is_file()), folder / "__init__.py"))
+    return found - {path, PACKAGE / "__init__.py"}  # which hands names on, and loads what it is asked for
+
+
+def test_no_file_reaches_itself():
+    files = {path: imported_files(path) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"}
+    assert sum(map(len, files.values())) > len(files)
+    list(graphlib.TopologicalSorter(files).static_order())  # raises CycleError, with the files
 
 
 def test_sizes():
