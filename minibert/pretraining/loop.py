@@ -238,11 +238,13 @@ class Run:
         return torch.cat([sums.cpu(), own, torch.tensor([float(sum(b.tokens for b in batches))])]).double()
 
     def _fastest(self, model: BertForPreTraining) -> BertForPreTraining:
-        """The model with oneDNN's products on a CPU, where the order of operations is ours to choose."""
+        """The model with what is faster on a CPU, where the order of operations is ours to choose."""
         s = self.settings
-        if s.dense or self.world.device.type != "cpu" or not onednn.available() or (s.compile and not s.bf16):
+        if s.dense or self.world.device.type != "cpu":
             return model
-        return onednn.twin(model, onednn.ATTENTION_BY_PRODUCTS if s.bf16 else onednn.LINEAR_LAYERS)
+        if s.bf16:
+            return onednn.twin(model, onednn.ATTENTION_BY_PRODUCTS)
+        return onednn.twin(model, onednn.LINEAR_LAYERS) if onednn.is_faster() and not s.compile else model
 
     def _count_flops(self, batch: Batch) -> float:
         from minibert.fast.flops import training_flops

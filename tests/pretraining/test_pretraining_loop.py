@@ -132,6 +132,16 @@ def test_onednn_linear_layers():
         assert_as_exact(a, b, exact)
 
 
+@pytest.mark.skipif(not onednn.available(), reason="this build of PyTorch has no oneDNN")
+@pytest.mark.parametrize(
+    ("width", "kind"), [("AVX512", onednn.LinearLayer), ("AVX2", nn.Linear), ("DEFAULT", nn.Linear)]
+)
+def test_products_are_the_faster_ones_for_the_vectors_of_the_cpu(corpus, tmp_path, monkeypatch, width, kind):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
+    run = Run(make_model(corpus), corpus, tmp_path, settings=Settings(steps=2, warmup_steps=1), rules=RULES)
+    assert {type(module) for module in run.loss.modules() if isinstance(module, nn.Linear)} == {kind}
+
+
 def test_a_twin_has_the_parameters_and_its_own_mode(corpus):
     model = make_model(corpus).eval()
     kinds = [type(module) for module in model.modules()]
