@@ -36,13 +36,38 @@ def f1(answer: str, right: str) -> float:
     return 2 * common / (len(ours) + len(theirs))
 
 
+def best_threshold(
+    answers: Sequence[str], differences: Sequence[float], right: Sequence[Sequence[str]]
+) -> tuple[float, float]:
+    """The highest F1, in percent, of leaving out the answers whose difference is above a threshold; and the lowest of
+    the thresholds that reach it.
+
+    As SQuAD 2's evaluation finds best_f1 and best_f1_thresh: a threshold is the difference of the last answer that is
+    kept. Unlike there answers of equal differences are kept or left out together, since no threshold tells them apart,
+    and where it is best to keep none the threshold is below all differences (there 0, which may keep some).
+    """
+    golds = _golds(right)
+    gains = [max(f1(answer, text) for text in texts) - max(f1("", text) for text in texts)
+             for answer, texts in zip(answers, golds, strict=True)]  # fmt: skip
+    order = sorted(range(len(answers)), key=lambda i: differences[i])
+    total = best = 0.0  # above that of no answer at all
+    threshold = differences[order[0]] - 1
+    for number, i in enumerate(order):
+        total += gains[i]
+        is_last = number + 1 == len(order) or differences[order[number + 1]] > differences[i]
+        if is_last and total > best + 1e-9:  # more than sums of the same in another order
+            best, threshold = total, differences[i]
+    nothing = sum(max(f1("", text) for text in texts) for texts in golds)
+    return 100 * (nothing + best) / len(answers), threshold
+
+
 def answer_scores(answers: Sequence[str], right: Sequence[Sequence[str]]) -> dict[str, float]:
     """exact_match and f1 in percent; `right` holds the right answers of each question, none where there is none.
 
     Where some questions have none, also those of the questions that have answers (has_answer_...), and the share of
     the others that were left unanswered (no_answer).
     """
-    golds = [[text for text in texts if normalize(text)] or [""] for texts in right]
+    golds = _golds(right)
     exact = [max(exact_match(answer, text) for text in texts) for answer, texts in zip(answers, golds, strict=True)]
     parts = [max(f1(answer, text) for text in texts) for answer, texts in zip(answers, golds, strict=True)]
     scores = {"exact_match": _percent(exact), "f1": _percent(parts)}
@@ -57,6 +82,11 @@ def answer_scores(answers: Sequence[str], right: Sequence[Sequence[str]]) -> dic
         | {name: _percent(values) for name, values in with_answer.items() if kept}
         | {"no_answer": _percent(none)}
     )
+
+
+def _golds(right: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The right answers of each question; "" where it has none, or none that holds a word."""
+    return [[text for text in texts if normalize(text)] or [""] for texts in right]
 
 
 def _percent(values: Sequence[float]) -> float:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from minibert.finetuning.answers import answer_scores
+from minibert.finetuning.answers import answer_scores, best_threshold
 from minibert.finetuning.squad import Question, read_questions
 from minibert.finetuning.tasks import Rows, Task, batch_of
 from minibert.heads import BertForQuestionAnswering
 from minibert.pipelines.base import windows
-from minibert.pipelines.question_answering import QuestionAnsweringPipeline
+from minibert.pipelines.question_answering import QuestionAnsweringPipeline, null_score_difference
 from minibert.text.tokenizer import BertTokenizer
 
 _LONGEST, _OVERLAP = 384, 128  # tokens of a window, and those it repeats: the pipeline's defaults
@@ -95,20 +96,36 @@ class QuestionAnswering(Task):
         return model(**batch_of(model, tokenizer, rows, numbers), start_positions=start, end_positions=end).loss
 
     def validate(self, model: nn.Module, tokenizer: BertTokenizer, rows: Rows) -> dict[str, float]:
+        """The scores of the pipeline's answers. Where some questions have none, best_f1_thresh is also the
+        null_score_diff_threshold that would have been best on them, and best_f1... are the scores with it.
+        """
         ask = QuestionAnsweringPipeline(
             model,
             tokenizer,
             fast=False,
             max_seq_len=self.max_length,
             doc_stride=self.doc_stride,
-            handle_impossible_answer=self.impossible or any(not each.answers for each in rows.examples),
         )
-        found: list[str] = []
+        found: list[tuple[str, float]] = []  # the best answer, and how far the probability of none surpasses it
         for start in range(0, len(rows.examples), _ASKED_AT):
             some = rows.examples[start : start + _ASKED_AT]
-            answers = ask([{"question": each.question, "context": each.context} for each in some])
-            found += [each["answer"] for each in ([answers] if len(some) == 1 else answers)]
-        return answer_scores(found, [[text for text, _ in each.answers] for each in rows.examples])
+            for answers, null_score in ask.candidates([(each.question, each.context) for each in some]):
+                answer, score = (answers[0]["answer"], answers[0]["score"]) if answers else ("", 0.0)
+                found.append((answer, null_score_difference(null_score, score)))
+        right = [[text for text, _ in each.answers] for each in rows.examples]
+        unanswered = any(not texts for texts in right)
+        scores = answer_scores(_kept(found, 0.0 if self.impossible or unanswered else math.inf), right)
+        if unanswered:
+            _, threshold = best_threshold([answer for answer, _ in found], [above for _, above in found], right)
+            best_scores = answer_scores(_kept(found, threshold), right)
+            scores |= {"best_f1": best_scores.pop("f1"), "best_f1_thresh": threshold}
+            scores |= {f"best_f1_{name}": value for name, value in best_scores.items()}
+        return scores
+
+
+def _kept(found: Sequence[tuple[str, float]], threshold: float) -> list[str]:
+    """The answers, "" in the place of those whose difference is above the threshold."""
+    return [answer if difference <= threshold else "" for answer, difference in found]
 
 
 def _tokens(question: Question, offsets: Sequence[tuple[int, int]]) -> tuple[int, int] | None:

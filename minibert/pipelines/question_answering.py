@@ -6,8 +6,10 @@ pipelines/question_answering.py with a fast tokenizer): windows, probabilities, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,10 @@ from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 Pair = tuple[str, str]  # question, context
 
 
+_NO_COUNTS = ("handle_impossible_answer", "align_to_words", "null_score_diff_threshold")
+_LEAST = 2.0**-150  # below every product of two probabilities in float32 that is not 0
+
+
 @dataclass(frozen=True)
 class SpanRules:
     """What an answer may be, and how long contexts are cut; lengths in tokens.
@@ -29,8 +35,10 @@ class SpanRules:
     top_k: answers. max_answer_len: of an answer. max_seq_len: of a window with its question (default 384, or what the
     model takes if that is less). doc_stride: what a window repeats of the one before (default 128, or half of
     max_seq_len if that is less). max_question_len: cuts longer questions (default: none is cut).
-    handle_impossible_answer: let "" compete, with the probability that no answer is there. align_to_words: extend
-    answers to whole words. Raises ValueError for what is out of range.
+    handle_impossible_answer: let "" compete, with the probability that no answer is there. null_score_diff_threshold:
+    "" stands before the answers that it surpasses by more than this, as a difference of logarithms (see
+    `null_score_difference`); fine-tuning reports the best one as best_f1_thresh. align_to_words: extend answers to
+    whole words. Raises ValueError for what is out of range, and for a threshold where "" does not compete.
     """
 
     top_k: int = 1
@@ -40,12 +48,20 @@ class SpanRules:
     max_question_len: int | None = None
     handle_impossible_answer: bool = False
     align_to_words: bool = True
+    null_score_diff_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and field.name not in ("handle_impossible_answer", "align_to_words"):
+            if value is not None and field.name not in _NO_COUNTS:
                 check_count(field.name, value, 0 if field.name == "doc_stride" else 1)
+        threshold = self.null_score_diff_threshold
+        if not isinstance(threshold, Real) or isinstance(threshold, bool) or not math.isfinite(threshold):
+            raise ValueError(f"null_score_diff_threshold must be a finite number, got {threshold!r:.60}")
+        if threshold and not self.handle_impossible_answer:
+            raise ValueError(
+                f"null_score_diff_threshold={threshold} says nothing without handle_impossible_answer=True"
+            )
 
 
 RULES = tuple(field.name for field in fields(SpanRules))
@@ -130,6 +146,21 @@ class QuestionAnsweringPipeline(Pipeline):
         return isinstance(inputs, (Mapping, str))
 
     def _results(self, items: list[Pair], first: int | None, *, rules: SpanRules, batch_size: int | None) -> list:
+        candidates = self.candidates(items, first, rules=rules, batch_size=batch_size)
+        return [_chosen(answers, null_score, rules) for answers, null_score in candidates]
+
+    def candidates(
+        self,
+        items: list[Pair],
+        first: int | None = None,
+        *,
+        rules: SpanRules | None = None,
+        batch_size: int | None = None,
+    ) -> list[tuple[list[dict[str, Any]], float]]:
+        """What a call chooses from, for each question with its context: the answers found, best first and none of them
+        "", and the probability that there is none. rules: by default the pipeline's. Errors name items from `first` on.
+        """
+        rules = self.rules if rules is None else rules
         questions = self.tokenizer([q for q, _ in items], add_special_tokens=False, truncation=False)["input_ids"]
         texts = {text: i for i, text in enumerate(dict.fromkeys(context for _, context in items))}
         contexts = self.tokenizer(list(texts), add_special_tokens=False, truncation=False, return_offsets_mapping=True)
@@ -147,7 +178,7 @@ class QuestionAnsweringPipeline(Pipeline):
         results = []
         for (_, context), number, spans in zip(items, numbers, parts, strict=True):
             words, offsets = contexts.word_ids(number), contexts["offset_mapping"][number]
-            results.append(_best(context, words, offsets, [(span, *next(logits)) for span in spans], rules))
+            results.append(_answers(context, words, offsets, [(span, *next(logits)) for span in spans], rules))
         return results
 
     def _windows(self, head: int, length: int, rules: SpanRules, name: str) -> list[tuple[int, int]]:
@@ -172,14 +203,26 @@ def _span_logits(runner: nn.Module, batch: BatchEncoding, spans: list[slice]) ->
     return list(zip(rows_of(output.start_logits, spans), rows_of(output.end_logits, spans), strict=True))
 
 
-def _best(
+def null_score_difference(null_score: float, score: float) -> float:
+    """How far the probability of no answer surpasses an answer's: the difference of their logarithms, above 0 exactly
+    where null_score > score, and always finite.
+
+    For an answer that was found once, in a context of one window, this is BERT's null score difference (section 4.3),
+    of sums of logits: what both probabilities were divided by is the same.
+    """
+    return math.log(max(null_score, _LEAST) / max(score, _LEAST))
+
+
+def _answers(
     context: str,
     words: list[int | None],
     offsets: list[tuple[int, int]],
     scored: list[tuple[tuple[int, int], np.ndarray, np.ndarray]],
     rules: SpanRules,
-) -> dict[str, Any] | list[dict[str, Any]]:
-    """The answers in one context; `scored` has each window's first and last token in it, and its logits (T,) twice."""
+) -> tuple[list[dict[str, Any]], float]:
+    """The answers in one context, and the score of none; `scored` has each window's first and last token in it, and its
+    logits (T,) twice.
+    """
     found: dict[str, dict[str, Any]] = {}
     null_score = 1.0
     count = 2 * rules.top_k + 10 if rules.align_to_words else rules.top_k  # extended to words, some become the same
@@ -197,11 +240,17 @@ def _best(
             text = context[begin:stop]
             answer = found.setdefault(text.lower(), {"score": 0.0, "start": begin, "end": stop, "answer": text})
             answer["score"] += score
-    answers = list(found.values())
+    return sorted(found.values(), key=lambda answer: answer["score"], reverse=True), null_score
+
+
+def _chosen(
+    answers: list[dict[str, Any]], null_score: float, rules: SpanRules
+) -> dict[str, Any] | list[dict[str, Any]]:
     if rules.handle_impossible_answer or not answers:
-        score = null_score if rules.handle_impossible_answer else 0.0
-        answers.append({"score": score, "start": 0, "end": 0, "answer": ""})
-    answers = sorted(answers, key=lambda answer: answer["score"], reverse=True)[: rules.top_k]
+        score, threshold = (null_score if rules.handle_impossible_answer else 0.0), rules.null_score_diff_threshold
+        before = sum(null_score_difference(score, answer["score"]) <= threshold for answer in answers)
+        answers = [*answers[:before], {"score": score, "start": 0, "end": 0, "answer": ""}, *answers[before:]]
+    answers = answers[: rules.top_k]
     return answers[0] if len(answers) == 1 else answers
 
 

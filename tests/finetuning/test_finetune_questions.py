@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 
 import finetune_case as case
 import pytest
-from finetune_case import metrics_of, run
+from finetune_case import assert_same_end, metrics_of, run
 
 import minibert
 from minibert import cli, pipeline
+from minibert.finetuning import loop
+from minibert.finetuning.answers import answer_scores
 from minibert.finetuning.question_answering import QuestionAnswering
 from minibert.finetuning.squad import read_questions
 
@@ -70,6 +74,53 @@ def test_a_model_that_answers(start, tmp_path, impossible, capsys):
     assert "london" in capsys.readouterr().out
     if impossible:
         assert ask(question="day", context="cat, tom, dog")["answer"] == ""
+
+
+def test_the_threshold_of_no_answer(start, tmp_path, capsys):
+    """Found after each epoch; with it the pipeline gives the answers that were scored, without it those of 0."""
+    train, dev = (travels(tmp_path / f"{n}.json", n, n, impossible=True) for n in (200, 60))
+    assert run(start, tmp_path / "run", train, dev, "question-answering", "--epochs", 2) == 0
+    metrics = metrics_of(tmp_path / "run")
+    best = max(metrics, key=lambda line: line["f1"])
+    assert all(line["best_f1"] >= line["f1"] for line in metrics)
+    assert f"best_f1_thresh {best['best_f1_thresh']:.4f}" in capsys.readouterr().out
+    ask = pipeline("question-answering", tmp_path / "run" / "model", fast=False, max_seq_len=32,
+                   handle_impossible_answer=True)  # fmt: skip
+    questions = read_questions(dev)
+    asked = [{"question": each.question, "context": each.context} for each in questions]
+    right = [[text for text, _ in each.answers] for each in questions]
+    ends = {name: value for name, value in best.items() if name not in ("step", "epoch", "loss", "best_f1_thresh")}
+    plain = answer_scores([each["answer"] for each in ask(asked)], right)
+    chosen = ask(asked, null_score_diff_threshold=best["best_f1_thresh"])
+    scored = answer_scores([each["answer"] for each in chosen], right)
+    assert ends == plain | {"best_f1" if name == "f1" else f"best_f1_{name}": value for name, value in scored.items()}
+
+
+def test_no_threshold_without_unanswered_questions(start, tmp_path):
+    """Not where validation has none: any threshold that keeps all answers would be the best."""
+    train, dev = travels(tmp_path / "train.json", 60, 0, impossible=True), travels(tmp_path / "dev.json", 20, 1)
+    assert run(start, tmp_path / "run", train, dev, "question-answering", "--epochs", 1) == 0
+    assert metrics_of(tmp_path / "run")[0].keys() == {"step", "epoch", "loss", "exact_match", "f1"}
+
+
+def test_questions_without_answers_are_resumed_to_the_same_bits(start, tmp_path, monkeypatch):
+    train, dev = (travels(tmp_path / f"{n}.json", n, n, impossible=True) for n in (100, 30))
+    files = (train, dev, "question-answering", "--epochs", 3)
+    assert run(start, tmp_path / "whole", *files) == 0
+    step = loop.FineTuning.train_step
+
+    def interrupted(self):
+        value = step(self)
+        if self.step == 10:  # of 7 an epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return value
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.FineTuning, "train_step", interrupted)
+        assert run(start, tmp_path / "run", *files) == 130
+    assert cli.main(["finetune", "--resume", "--output", str(tmp_path / "run")]) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    assert all("best_f1_thresh" in line for line in metrics_of(tmp_path / "run"))
 
 
 def test_squad_and_flat_files_say_the_same(tmp_path):

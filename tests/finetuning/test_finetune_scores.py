@@ -10,7 +10,7 @@ from seqeval.metrics import classification_report
 from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, IOE2
 
 from minibert.finetuning import schemes
-from minibert.finetuning.answers import answer_scores, exact_match, f1, normalize
+from minibert.finetuning.answers import answer_scores, best_threshold, exact_match, f1, normalize
 from minibert.finetuning.schemes import check_scheme, entity_scores, find_scheme
 from minibert.finetuning.scores import class_scores, multi_label_scores, number_scores, ranking_scores
 
@@ -160,3 +160,39 @@ def test_answer_scores():
     assert scores == {"exact_match": 50, "f1": 50, "has_answer_exact_match": 50, "has_answer_f1": 50, "no_answer": 50}
     assert answer_scores([""], [["the"]])["exact_match"] == 100
     assert answer_scores([""], [[]]) == {"exact_match": 100, "f1": 100, "no_answer": 100}
+
+
+@pytest.mark.parametrize(
+    ("differences", "percent", "threshold"),
+    [
+        # What keeping each answer gains over leaving it out: 1, -1, 2/3, -1. Leaving all out is worth 2 of 4.
+        ((-3.0, -2.0, -1.0, 2.0), 75, -3.0),
+        ((-3.0, -1.0, -2.0, 2.0), 100 * (2 + 5 / 3) / 4, -2.0),
+        ((-3.0, 5.0, -3.0, 7.0), 100 * (2 + 5 / 3) / 4, -3.0),
+        ((1.0, 1.0, 2.0, 3.0), 100 * (2 + 2 / 3) / 4, 2.0),  # no threshold keeps the first without the second
+        ((2.0, -1.0, 1.0, -2.0), 50, -3.0),  # none is kept
+        ((1.0, 1.0, 1.0, 1.0), 50, 0.0),  # nor here, where it is all or none
+    ],
+)
+def test_best_threshold_by_hand(differences, percent, threshold):
+    answers, right = ["Paris", "dog", "big cat", "bird"], [["paris"], [], ["cat"], []]
+    assert best_threshold(answers, differences, right) == (pytest.approx(percent), threshold)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_threshold_is_the_best_of_all(seed):
+    """Against all thresholds, one by one; some differences are equal, and some answers empty."""
+    draw = random.Random(seed)
+    texts = ["cat", "big cat", "dog", "the", "big dog bird", ""]
+    answers = draw.choices(texts, k=30)
+    right = [draw.sample(texts[:5], draw.choice([0, 0, 1, 2])) for _ in answers]
+    differences = [draw.choice([draw.uniform(-5, 5), draw.randint(-3, 3)]) for _ in answers]
+    kept_by = {
+        threshold: [a if d <= threshold else "" for a, d in zip(answers, differences, strict=True)]
+        for threshold in [min(differences) - 1, *differences]
+    }
+    scores = {threshold: answer_scores(kept, right)["f1"] for threshold, kept in kept_by.items()}
+    percent, threshold = best_threshold(answers, differences, right)
+    assert percent == pytest.approx(max(scores.values()))
+    assert scores[threshold] == pytest.approx(percent)
+    assert all(scores[lower] < percent - 1e-9 for lower in scores if lower < threshold)

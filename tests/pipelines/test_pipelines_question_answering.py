@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from reference import rounding
 
 import minibert
 from minibert import cli, pipeline
+from minibert.pipelines.question_answering import SpanRules, null_score_difference
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "question_answering.json").read_text())
 CONTEXTS, QUESTIONS, OPTIONS = (REFERENCE[name] for name in ("contexts", "questions", "options"))
@@ -118,6 +120,49 @@ def test_nothing_to_find(answer):
     assert answer("who?", " ", handle_impossible_answer=True) == {"score": 1.0, **nothing}
 
 
+def test_the_threshold_of_no_answer(answer):
+    """It decides at the difference of logarithms: "" stands before an answer where it surpasses it by more."""
+    above, options = set(), {"handle_impossible_answer": True}
+    for question, context in itertools.product(QUESTIONS[:3], CONTEXTS):
+        asked = {"question": question, "context": context}
+        ((answers, null_score),) = answer.candidates([(question, context)])
+        difference = null_score_difference(null_score, answers[0]["score"])
+        assert (difference > 0) == (null_score > answers[0]["score"])
+        assert answer(asked, **options) == answer(asked, null_score_diff_threshold=0, **options)
+        for threshold, expected in ((difference, answers[0]["answer"]), (difference - 1e-6, ""),
+                                    (difference + 1e-6, answers[0]["answer"])):  # fmt: skip
+            found = answer(asked, null_score_diff_threshold=threshold, **options)
+            assert found["answer"] == expected
+            assert found["score"] == (answers[0]["score"] if expected else null_score)
+        several = answer(asked, top_k=5, null_score_diff_threshold=-1000, **options)
+        assert several[0] == {"score": null_score, "start": 0, "end": 0, "answer": ""}
+        several = answer(asked, top_k=5, null_score_diff_threshold=1000, **options)
+        assert all(each["answer"] for each in several[:-1])  # a short context has less than 5, and "" is the last
+        above.add(difference > 0)
+    assert len(above) == 2  # both happen
+
+
+def test_the_difference_is_that_of_the_logits(answer):
+    """In one window: sums of logits at [CLS] and at the best span (section 4.3)."""
+    question, context = QUESTIONS[0], CONTEXTS[0]
+    encoded = answer.tokenizer(question, context, return_tensors="pt")
+    with torch.no_grad():
+        output = answer.model(**encoded)
+    starts, ends = output.start_logits[0].double(), output.end_logits[0].double()
+    inside = [i for i, kind in enumerate(encoded["token_type_ids"][0].tolist()) if kind == 1][:-1]
+    best = max(starts[i] + ends[j] for i in inside for j in inside if i <= j < i + 15)
+    ((answers, null_score),) = answer.candidates([(question, context)], rules=SpanRules(align_to_words=False))
+    difference = null_score_difference(null_score, answers[0]["score"])
+    assert difference == pytest.approx(float(starts[0] + ends[0] - best), abs=tolerance())
+
+
+def test_null_score_difference_is_finite_and_orders():
+    assert null_score_difference(0.0, 0.0) == null_score_difference(0.5, 0.5) == 0
+    assert null_score_difference(np.nextafter(0.3, 1), 0.3) > 0 > null_score_difference(0.3, np.nextafter(0.3, 1))
+    assert -200 < null_score_difference(0.0, 2.0**-149) < 0 < null_score_difference(2.0**-149, 0.0) < 200
+    assert null_score_difference(np.e * 0.1, 0.1) == pytest.approx(1)
+
+
 def test_a_long_word_and_a_long_text(answer):
     assert answer("who?", "a" * 100_000)["end"] == 100_000  # one [UNK]
     assert answer("who?", "the king of paris " * 2000)["answer"] in "the king of paris the king of paris " * 9
@@ -145,6 +190,21 @@ def test_a_long_word_and_a_long_text(answer):
             {"doc_stride": 381},
             ValueError,
             r"leaves 380 of max_seq_len=384 to the context, and doc_str",
+        ),
+        (
+            ("a", "b"),
+            {"null_score_diff_threshold": 1.5},
+            ValueError,
+            "=1.5 says nothing without handle_impossible_answer",
+        ),
+        *(
+            (
+                ("a", "b"),
+                {"null_score_diff_threshold": bad, "handle_impossible_answer": True},
+                ValueError,
+                "null_score_diff_threshold must be a finite number, got",
+            )
+            for bad in (float("nan"), float("inf"), "1", True)
         ),
         (("a", "b"), {"topk": 2}, TypeError, "topk"),
         ((), {"context": "b"}, TypeError, "give a question and a context"),
