@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import tempfile
 from collections import Counter
@@ -99,13 +100,16 @@ def finetuned(
 ) -> dict[str, list[float]]:
     """The scores of what `minibert finetune` writes, the model of its best epoch, for each seed."""
     found: dict[str, list[float]] = {}
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            given = {"task": task, "model": arguments.model, "output": f"{folder}/run", "seed": seed, **files}
+            output = Path(arguments.keep or folder) / f"{task}-{arguments.train}-seed-{seed}"
+            given = {"task": task, "model": arguments.model, "output": output, "seed": seed, **files}
             given |= {"epochs": arguments.epochs, "learning-rate": arguments.learning_rate}
             if cli.main(["finetune", *(part for n, v in given.items() for part in (f"--{n}", str(v))), *options]):
                 raise RuntimeError("minibert finetune failed")
-            for name, value in score(Path(folder) / "run" / "model").items():
+            scores = score(output / "model")
+            print(f"{task}, seed {seed}: {scores}", flush=True)
+            for name, value in scores.items():
                 found.setdefault(name, []).append(value)
     return found
 
@@ -148,8 +152,12 @@ def questions(arguments: argparse.Namespace, folder: Path) -> tuple[str, Found]:
 
     def score(model: Path) -> dict[str, float]:
         ask = pipeline("question-answering", model, handle_impossible_answer=True)
-        answers = ask([{"question": each["question"], "context": each["context"]} for each in test])
-        return answer_scores([answer["answer"] for answer in answers], right)
+        asked = [{"question": each["question"], "context": each["context"]} for each in test]
+        metrics = [json.loads(line) for line in (model.parent / "metrics.jsonl").read_text().splitlines()]
+        best = max(metrics, key=lambda epoch: epoch["f1"])  # the epoch whose model this is
+        plain, chosen = ask(asked), ask(asked, null_score_diff_threshold=best["best_f1_thresh"])
+        scores, others = (answer_scores([each["answer"] for each in some], right) for some in (plain, chosen))
+        return scores | {f"{name} with best_f1_thresh": value for name, value in others.items()}
 
     def listed(scores: dict[str, float]) -> dict[str, list[float]]:
         return {name: [value] for name, value in scores.items()}
@@ -215,7 +223,9 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=tasks, default=list(tasks))
     parser.add_argument("--model", default=hub.default_model(), help="a directory or a name on the Hub")
     parser.add_argument("--corpus", type=Path, default=Path(__file__).parents[2] / "shared" / "corpus")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, help="the lowest of them: to add to those run before")
+    parser.add_argument("--keep", type=Path, help="where the runs and their models stay; by default nowhere")
     parser.add_argument("--train", type=int, help="examples to learn from; by default as the results were made")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, help="the default is the task's")
