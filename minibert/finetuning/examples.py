@@ -27,7 +27,10 @@ MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
 _LABELLED = ("label", "labels", "score", "similarity", "is_duplicate", "gold_label")  # as files of pairs name them
 
 # What Excel, its cousins and LibreOffice write where a formula has no result
-_NO_RESULT = re.compile(r"#(N/A|REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|SPILL!|CALC!)|Err:5\d\d")
+_NO_RESULT = re.compile(
+    r"#(N/A|REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|SPILL!|CALC!|FIELD!|BLOCKED!|UNKNOWN!|CONNECT!|BUSY!|GETTING_DATA)"
+    r"|Err:5\d\d"
+)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ def texts(path, problem=SINGLE, **columns):
         ("a.csv", "text,label\na,b\n\x01\u200e,c\n", "a.csv:3: the text is empty"),
         ("a.csv", "text,label\na,b\nc,#N/A\n", "a.csv:3: 'label' is '#N/A', a spreadsheet's mark of a formula"),
         ("a.csv", "text,label\na,b\n #DIV/0! ,c\n", "a.csv:3: 'text' is '#DIV/0!', a spreadsheet's mark"),
+        ("a.csv", "text,label\na,#BUSY!\n", "a.csv:2: 'label' is '#BUSY!', a spreadsheet's mark"),
+        ("a.csv", "text,label\na,b\n#GETTING_DATA,c\n", "a.csv:3: 'text' is '#GETTING_DATA', a spreadsheet's mark"),
         ("a.csv", "text,text_pair,label\na,#NAME?,c\n", "a.csv:2: 'text_pair' is '#NAME?', a spreadsheet's mark"),
         ("a.csv", "text,label\na,b\nErr:522,c\n", "a.csv:3: 'text' is 'Err:522', a spreadsheet's mark"),
         ("a.tsv", '"text"\t"label"\n"a"\tb\n', "columns text and label; got ['\"text\"', '\"label\"']"),
