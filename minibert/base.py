@@ -29,6 +29,8 @@ class BertPreTrainedModel(HubModel, Pretrained):
 
     def post_init(self) -> None:
         """Initialise the weights of a new model; the last line of every constructor."""
+        first = next(self.parameters(), None)
+        holds_values = first is None or not first.is_meta
         for child in self.children():
             if isinstance(child, BertPreTrainedModel):
                 continue  # it has done so itself
@@ -36,7 +38,8 @@ class BertPreTrainedModel(HubModel, Pretrained):
                 if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
                     continue  # it does so itself when its size is known
                 if not module.__dict__.get("is_initialised", False):
-                    self._init_weights(module)
+                    if holds_values:
+                        self._init_weights(module)
                     module.is_initialised = True  # type: ignore[assignment]
         if self.config.gradient_checkpointing and self.base_model is self:
             self.gradient_checkpointing_enable()

@@ -37,9 +37,9 @@ _SIZES = {
 class BertConfig(HubConfig):
     """What defines a BERT; names and defaults are those of transformers, the defaults are bert-base-uncased.
 
-    Each field is checked when it is set; `check` says whether all of them go together, and every model asks it. A head
-    and its encoder share one config. The letters are those of model.py. Loading, saving and what else a `config.json`
-    may hold are `HubConfig`'s.
+    The constructor and every model call `check`; a field that is set later is checked at once. A head and its encoder
+    share one config. The letters are those of model.py. Loading, saving and what else a `config.json` may hold are
+    `HubConfig`'s.
 
     Raises ValueError naming the field, what came and what is allowed.
     """
@@ -70,14 +70,16 @@ class BertConfig(HubConfig):
 
     def check_field(self, name: str, value: Any) -> None:
         """Raise ValueError unless the field may have this value."""
+        is_share = name.endswith(("dropout", "dropout_prob"))
         # Types are compared exactly: True is an int to isinstance
         if name in _LARGEST:
             if type(value) is not int or not 1 <= value <= _LARGEST[name]:
                 raise ValueError(f"{name}={value!r}: must be a whole number from 1 to {_LARGEST[name]}")
-        elif name.endswith(("dropout", "dropout_prob")):
-            self._check_number(name, value, 1.0, optional=name == "classifier_dropout")
-        elif name in ("initializer_range", "layer_norm_eps"):
-            self._check_number(name, value, 1e3)
+        elif is_share or name in ("initializer_range", "layer_norm_eps"):
+            high = 1.0 if is_share else 1e3
+            is_number = type(value) in (int, float) and 0.0 <= value <= high  # also false for NaN
+            if not is_number and not (name == "classifier_dropout" and value is None):
+                raise ValueError(f"{name}={value!r}: must be a number from 0.0 to {high}")
         elif name == "hidden_act" and value not in ACTIVATIONS:
             raise ValueError(f"hidden_act={value!r}: must be one of {', '.join(ACTIVATIONS)}")
         elif name == "pad_token_id" and value is not None and (type(value) is not int or value < 0):
@@ -87,13 +89,10 @@ class BertConfig(HubConfig):
         elif name in ("output_attentions", "output_hidden_states", "return_dict") and type(value) is not bool:
             raise ValueError(f"{name}={value!r}: must be True or False")
 
-    def _check_number(self, name: str, value: Any, high: float, optional: bool = False) -> None:
-        # The comparison is also false for NaN
-        if not (value is None and optional) and (type(value) not in (int, float) or not 0.0 <= value <= high):
-            raise ValueError(f"{name}={value!r}: must be a number from 0.0 to {high}")
-
     def check(self) -> None:
-        """Raise ValueError unless the fields go together."""
+        """Raise ValueError unless each field may have its value and all of them go together."""
+        for name, value in vars(self).items():
+            self.check_field(name, value)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

@@ -62,6 +62,7 @@ _DEFAULTS = {
 # Whether there is such a field is itself a question that other libraries ask
 _ASKED_FOR = ("quantization_config", "auto_map", "embedding_size")
 _LABELS = ("num_labels", "id2label", "label2id")
+_LAST = "architectures"  # of BertConfig's fields, in the order in which its constructor sets them
 _WHERE = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
 _ATTENTION = ("_attn_implementation", "attn_implementation")  # two spellings
 _MOST_LABELS = 10_000_000
@@ -94,7 +95,7 @@ class HubConfig:
         """Raise ValueError unless the field may have this value."""
 
     def check(self) -> None:
-        """Raise ValueError unless the fields go together."""
+        """Raise ValueError unless each field may have its value and all of them go together."""
 
     model_type: ClassVar[str] = "bert"
     attribute_map: ClassVar[dict[str, str]] = {}
@@ -108,9 +109,9 @@ class HubConfig:
         return name in _ONLY or name in _IRRELEVANT or any(field.name == name for field in fields(cls))  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
-        labels = (self.__dict__.pop(name) for name in _LABELS)
-        self._set_labels(_agreed(*labels))
+        labels = [self.__dict__.pop(name) for name in _LABELS]
         self.check()
+        self._set_labels(_agreed(*labels))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _ATTENTION:
@@ -121,11 +122,11 @@ class HubConfig:
                 raise ValueError(f"{name}={value!r} is not supported: only {_ONLY[name][0]!r}")
             if name in _ASKED_FOR:
                 self.__dict__[name] = value
-        elif name in _LABELS and all(label in self.__dict__ for label in _LABELS):
+        elif _LAST not in self.__dict__:  # in the constructor, at the end of which all of them are checked
+            self.__dict__[name] = value
+        elif name in _LABELS:
             if name != "num_labels" or value != self.num_labels:
                 self._set_labels(_agreed(**{name: value}))
-        elif name in _LABELS:  # in the constructor, at the end of which they are made to agree
-            self.__dict__[name] = value
         else:
             self.check_field(name, value)
             object.__setattr__(self, name, value)
@@ -140,7 +141,6 @@ class HubConfig:
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def _set_labels(self, names: dict[int, str]) -> None:
-        self.check_field("num_labels", len(names))
         self.__dict__["num_labels"] = len(names)
         self.__dict__["id2label"] = names
         self.__dict__["label2id"] = {name: index for index, name in names.items()}

@@ -12,12 +12,30 @@ from torch import Tensor, nn
 from minibert.compat import loading
 
 
+class _SharedConfig:
+    """One object, which an encoder shares with the head on it: whoever shared the old one gets a new one too.
+
+    Only setting is special: without `__get__`, reading finds the model's own attribute. Raises TypeError for what is no
+    config, ValueError for one whose fields do not go together.
+    """
+
+    def __set__(self, model: HubModel, config: Any) -> None:
+        if not isinstance(config, model.config_class):
+            raise TypeError(f"config must be a minibert.{model.config_class.__name__}, got {type(config).__name__}")
+        config.check()
+        old = model.__dict__.get("config")
+        for module in model.modules():
+            if module is model or (isinstance(module, HubModel) and module.config is old):
+                module.__dict__["config"] = config
+
+
 class HubModel(nn.Module):
     """The base of BertPreTrainedModel: names, switches and counts; resizing the vocabulary.
 
     A subclass has a `config_class`, `base_model`, `_init_weights(module)` and `post_init()`.
     """
 
+    config: Any = _SharedConfig()
     base_model: Any  # a property there
     config_class: ClassVar[type[Any]]
     device: Any
@@ -67,26 +85,6 @@ class HubModel(nn.Module):
         if attention is not None:
             model.set_attn_implementation(attention)
         return model, report
-
-    @property
-    def config(self) -> Any:
-        """One object, which an encoder shares with the head on it: whoever shared the old one gets a new one too.
-
-        Raises TypeError for what is no config, ValueError for one whose fields do not go together.
-        """
-        if "config" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__} has no config before its base's __init__(config)")
-        return self.__dict__["config"]
-
-    @config.setter
-    def config(self, config: Any) -> None:
-        if not isinstance(config, self.config_class):
-            raise TypeError(f"config must be a minibert.{self.config_class.__name__}, got {type(config).__name__}")
-        config.check()
-        old = self.__dict__.get("config")
-        for module in self.modules():
-            if module is self or (isinstance(module, HubModel) and module.config is old):
-                module.__dict__["config"] = config
 
     @property
     def num_labels(self) -> int:
