@@ -48,12 +48,13 @@ def check_choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. ValueError, with the path, for what is not JSON in UTF-8 or no object."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The object, or list, in a JSON file. ValueError, with the path, for what is not JSON in UTF-8 or another kind."""
     try:
         content = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    if not isinstance(content, kind):
+        wanted = "object" if kind is dict else "list"
+        raise ValueError(f"{path} must hold a JSON {wanted}, got {type(content).__name__}")
     return content

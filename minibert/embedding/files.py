@@ -11,7 +11,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -138,18 +138,13 @@ def _alone(output: Path) -> Iterator[None]:
     target = _target(output)
     if not target.parent.is_dir():  # the lock would make one
         raise FileNotFoundError(f"{output}: there is no directory {target.parent}")
-    path = target.with_name(f".{target.name}.lock")
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"{output} is being written by another process: wait for it, or name another output") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(disk.locked(target.with_name(f".{target.name}.lock"), 0))
+        except filelock.Timeout:
+            said = f"{output} is being written by another process: wait for it, or name another output"
+            raise ValueError(said) from None
         yield
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        lock.release()
 
 
 def _begin(output: Path, width: int, settings: dict[str, Any], resumable: bool) -> Progress:
@@ -236,34 +231,25 @@ def _skip(stream: BinaryIO, progress: Progress, output: Path) -> Any:
     return digest
 
 
-def _chunks(stream: BinaryIO, number: int) -> Iterator[tuple[list[str], bytes]]:
+def _chunks(stream: BinaryIO, done: int) -> Iterator[tuple[list[str], bytes]]:
     """Lists of texts, and the bytes that they were read from. What is before a bad line is given before the error."""
     texts: list[str] = []
-    read = bytearray()
-    failure: ValueError | None = None
-    lines = iter(stream)
-    while True:
-        try:
-            line = next(lines)
-            text = text_of(line, number + 1)
-        except StopIteration:
-            break
-        except ValueError as error:
-            failure = error
-            break
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-            failure = ValueError(f"what is packed is damaged after line {number}: {error}")
-            break
-        texts.append(text)
-        read += line
-        number += 1
-        if len(texts) == _LINES or len(read) >= CHUNK_CHARACTERS:
+    read, number = bytearray(), done
+    try:
+        for number, line in enumerate(stream, done + 1):
+            texts.append(text_of(line, number))
+            read += line
+            if len(texts) == _LINES or len(read) >= CHUNK_CHARACTERS:
+                yield texts, bytes(read)
+                texts, read = [], bytearray()
+    except (ValueError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        if texts:
             yield texts, bytes(read)
-            texts, read = [], bytearray()
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"what is packed is damaged after line {number}: {error}") from error
     if texts:
         yield texts, bytes(read)
-    if failure is not None:
-        raise failure
 
 
 def _bar(size: int | None, progress: Progress, show: bool | None) -> tqdm:

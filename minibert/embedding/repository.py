@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from minibert import checks
 from minibert.embedding.modules import Dense, Normalize, Pooling
 from minibert.weights import checkpoint, hub
 
@@ -164,12 +165,4 @@ def write_repository(encoder: Encoder, directory: str | os.PathLike[str]) -> Non
 def read_json(source: hub.Source, filename: str, kind: type = dict) -> Any:
     """The object or list in a file; an empty one if there is no such file."""
     path = source.file(filename)
-    if path is None:
-        return kind()
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
-    return content
+    return kind() if path is None else checks.read_json(path, kind)

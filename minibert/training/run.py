@@ -327,11 +327,8 @@ def check_seed(seed: int) -> None:
 
 def hash_of_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_not_finite(state: Any, name: str = "state") -> str | None:

@@ -63,6 +63,22 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def locked(path: str | os.PathLike[str], seconds: float = -1) -> Iterator[None]:
+    """Be the only one, of all processes and threads, within this lock file, which is gone afterwards.
+
+    Waits for whoever is, or raises filelock.Timeout after so many seconds.
+    """
+    from filelock import FileLock
+
+    with FileLock(path).acquire(timeout=seconds):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # who waits for this file sees that it is gone, and makes one anew
+                os.unlink(path)
+
+
 def remove_partials(directory: str | os.PathLike[str]) -> None:
     """Remove what killed processes left of files that they were writing; for whoever is alone in the directory."""
     for name in os.listdir(directory):

@@ -369,14 +369,10 @@ def _verify(path: Path, what: str) -> None:
     expected = blob.name
     if not path.is_symlink() or not re.fullmatch(r"[0-9a-f]+", expected) or len(expected) not in digests:
         return  # the cache has no symbolic links here, or the server's tag is no hash
-    if all(_digest(blob, new()) != expected for new in digests[len(expected)]):
-        path.unlink()
-        blob.unlink()
-        raise OSError(f"{what}: {path.name} arrived damaged (its hash is not {expected}) and was deleted; try again")
-
-
-def _digest(path: Path, digest: Any) -> str:
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    for new in digests[len(expected)]:
+        with open(blob, "rb") as file:
+            if hashlib.file_digest(file, new).hexdigest() == expected:
+                return
+    path.unlink()
+    blob.unlink()
+    raise OSError(f"{what}: {path.name} arrived damaged (its hash is not {expected}) and was deleted; try again")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 
-from minibert.weights.files import naming, sync
+from minibert.weights.files import locked, naming, sync
 
 _SAVED = ".saved"  # in a model's directory: a whole set of files that are taking their places
 _LIST = "files.json"  # in there: their names, and those that they make stale
@@ -48,7 +48,7 @@ def replacing(directory: str | os.PathLike, stale: Callable[[str], bool] = lambd
             names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
             for path in staging.rglob("*"):
                 sync(path)
-            with _claimed(directory):
+            with locked(directory / _LOCK):
                 _move(directory)  # a set that another process has finished goes first
                 others = {path.name for path in directory.iterdir() if path.is_file()} - {*names, _LOCK}
                 old = sorted(name for name in others if stale(name))
@@ -65,32 +65,18 @@ def replacing(directory: str | os.PathLike, stale: Callable[[str], bool] = lambd
         raise
 
 
-@contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
-    """Be the only one, of all processes and threads, that puts files into a directory. Waits for whoever does."""
-    from filelock import FileLock  # comes with huggingface_hub
-
-    path = directory / _LOCK
-    with FileLock(path):
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # who waits for this file sees that it is gone, and makes one anew
-                path.unlink()
-
-
 def put_in_place(directory: Path) -> bool:
     """Complete a save that was interrupted, or wait for the process that is at it; whether there was one."""
     saved = directory / _SAVED
     if not saved.is_dir() or saved.is_symlink():
         return False
-    with _claimed(directory):
+    with locked(directory / _LOCK):
         _move(directory)
     return True
 
 
 def _move(directory: Path) -> None:
-    """Move a whole set of saved files to their places; does nothing when there is none. Only within `_claimed`.
+    """Move a whole set of saved files to their places; does nothing when there is none. Only within its lock.
 
     Raises ValueError if the set is not one that `replacing` made: a directory may come from anyone.
     """

@@ -23,6 +23,7 @@ from huggingface_hub import constants
 
 from minibert import BertConfig, BertModel
 from minibert.weights import hub, saving
+from minibert.weights.files import locked
 
 WEIGHTS = bytes(range(256)) * 64  # large enough for the storage server
 FILES = {"config.json": b'{"model_type": "bert"}', "model.safetensors": WEIGHTS, "pytorch_model.bin": b"never" * 2000}
@@ -426,7 +427,7 @@ def test_saves_and_openings_at_once(tmp_path: Path) -> None:
 
 def test_a_save_waits_for_the_process_that_puts_files_in_place(tmp_path: Path) -> None:
     save_new(tmp_path)
-    with saving._claimed(tmp_path):
+    with locked(tmp_path / saving._LOCK):
         thread = threading.Thread(target=save_new, args=(tmp_path,))
         thread.start()
         thread.join(0.2)
