@@ -40,7 +40,8 @@ from minibert.text.tokenizer import BertTokenizer
 from minibert.weights import hub
 from minibert.weights.pretrained import as_device
 
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # names by which models call the prompt of what is searched
+# What a text is for -> the names by which models call its prompt
+TASK_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
 class SentenceEncoder(Encoder):
@@ -240,7 +241,7 @@ class SentenceEncoder(Encoder):
         **options: Unpack[AllOptions],
     ) -> Any:
         """`encode` with the prompt "query", if the model has it and no other is given."""
-        return self._encode_as("query", ("query",), inputs, prompt_name, prompt, options)
+        return self._encode_as("query", inputs, prompt_name, prompt, options)
 
     def encode_document(
         self,
@@ -250,12 +251,11 @@ class SentenceEncoder(Encoder):
         **options: Unpack[AllOptions],
     ) -> Any:
         """`encode` with the prompt "document", "passage" or "corpus", whichever the model has, unless one is given."""
-        return self._encode_as("document", DOCUMENT_PROMPTS, inputs, prompt_name, prompt, options)
+        return self._encode_as("document", inputs, prompt_name, prompt, options)
 
     def _encode_as(
         self,
         task: Literal["query", "document"],
-        prompts: Sequence[str],
         inputs: Texts | None,
         prompt_name: str | None,
         prompt: str | None,
@@ -263,7 +263,7 @@ class SentenceEncoder(Encoder):
     ) -> Any:
         inputs = named_texts(inputs, options.pop("sentences", None), options.pop("texts", None))
         if prompt_name is None and prompt is None:
-            prompt_name = next((name for name in prompts if name in self.prompts), None)
+            prompt_name = next((name for name in TASK_PROMPTS[task] if name in self.prompts), None)
         options.setdefault("task", task)
         return self.encode(inputs=inputs, prompt_name=prompt_name, prompt=prompt, **options)
 

@@ -124,28 +124,23 @@ def form(convert_to: str | None, convert_to_numpy: bool, convert_to_tensor: bool
     """One of `FORMS`. Raises ValueError for any other `convert_to`."""
     if convert_to is None:
         return "torch" if convert_to_tensor else "numpy" if convert_to_numpy else "list"
-    if convert_to not in FORMS:
-        raise ValueError(f"convert_to must be one of {', '.join(map(repr, FORMS))}; got {convert_to!r}")
-    return convert_to
+    return check_choice("convert_to", convert_to, FORMS)
 
 
 def in_form(vectors: Tensor, form: str, precision: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Vectors (n, D), all there are, in the form and the precision that were asked for; tensors on that device."""
     if precision != "float32":
-        numbers = torch.from_numpy(quantize(vectors.float().cpu().numpy(), precision))
-        return numbers.numpy() if form == "numpy" else _listed(numbers.to(device), form)
+        vectors = torch.from_numpy(quantize(vectors.float().cpu().numpy(), precision))
+        dtype = vectors.dtype
     if form == "numpy":
-        return as_array(vectors)
-    return _listed(vectors.to(device, dtype), form)
+        return vectors.numpy() if precision != "float32" else as_array(vectors)
+    vectors = vectors.to(device, dtype)
+    return list(vectors) if form == "list" else vectors
 
 
 def as_array(vectors: Tensor) -> np.ndarray:
     """As float32, or as float64 if they are that."""
     return vectors.to(torch.promote_types(vectors.dtype, torch.float32)).cpu().numpy()
-
-
-def _listed(vectors: Tensor, form: str) -> Any:
-    return list(vectors) if form == "list" else vectors
 
 
 def from_constructor(options: ConstructorOptions, where: dict[str, Any], dtype: Any) -> Any:

@@ -54,7 +54,7 @@ def chunks(texts: Iterable[Any], size: int) -> Iterator[list[Text]]:
 
     What comes before a wrong text, or before a failure of the iterable itself, is given before the error is raised.
     """
-    failure, chunk, total = None, [], 0
+    chunk, total = [], 0
     try:
         for number, text in enumerate(texts):
             chunk.append(checked(text, f"texts[{number}]"))
@@ -62,9 +62,9 @@ def chunks(texts: Iterable[Any], size: int) -> Iterator[list[Text]]:
             if len(chunk) == size or total >= CHUNK_CHARACTERS:
                 yield chunk
                 chunk, total = [], 0
-    except Exception as error:
-        failure = error
+    except Exception:
+        if chunk:
+            yield chunk
+        raise
     if chunk:
         yield chunk
-    if failure is not None:
-        raise failure
