@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,8 +50,8 @@ class Batch:
         return int((self.next_sentence_label != IGNORED).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        move: Callable[[Any], Any] = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # noqa: E731
-        return Batch(**{name: move(value) for name, value in vars(self).items()})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 class BatchMaker:

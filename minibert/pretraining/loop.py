@@ -27,7 +27,7 @@ from minibert.pretraining.loss import pair_lengths, pretraining_loss
 from minibert.pretraining.order import Plan, Position, plan_batches
 from minibert.pretraining.pairs import PairRules
 from minibert.training import onednn
-from minibert.training.distributed import World, distribute, load_state, set_sync, shard_again, state_of
+from minibert.training.distributed import World, distribute, load_state, set_sync, shard_again, state_of, whole
 from minibert.training.optimizer import learning_rate, make_optimizer
 from minibert.training.run import RunDirectory, Stop, seed_of
 
@@ -228,10 +228,11 @@ class Run:
             sums = sums + part.detach()
         if device.type == "cuda":
             self._flops += sum(self._count_flops(batch) for batch in batches)
-        self.grad_norm = float(_whole(nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_norm)))
+        self.grad_norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_norm)))
         self.directory.check_finite("the gradient's norm", self.grad_norm, self.step)
+        rate = learning_rate(self.step, s.learning_rate, s.warmup_steps, s.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, s.learning_rate, s.warmup_steps, s.steps)
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -280,7 +281,6 @@ class Run:
                 maker,
                 sampler=parts(),
                 batch_size=None,
-                collate_fn=_as_is,
                 num_workers=s.workers,
                 worker_init_fn=_leave_signals_to_the_parent,
             )
@@ -318,7 +318,7 @@ class Run:
         """Write down what happened since the last time; returns fresh totals."""
         sums = self.world.sum(totals.to(self.world.device)).tolist()
         s, rate = self.settings, sums[-1] / seconds
-        lr = learning_rate(self.step - 1, s.learning_rate, s.warmup_steps, s.steps)
+        lr = self.optimizer.param_groups[0]["lr"]  # of the step before
         record = _means(sums) | {"lr": lr, "grad_norm": self.grad_norm, "tokens_per_second": rate}
         if self._flops:
             from minibert.fast.flops import matmul_peak
@@ -350,14 +350,6 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process of a group; who makes batches must outlive the step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _means(sums: list[float]) -> dict[str, float]:

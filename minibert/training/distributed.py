@@ -116,11 +116,6 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to("cpu", copy=True)
 
 
-def put(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor into `target`, each process its shard."""
-    target.copy_(_like(target, value))
-
-
 def _like(target: Tensor, value: Tensor) -> Tensor:
     """A whole tensor as `target` is: on its device, and sharded as it is."""
     value = value.to(target.device)
@@ -157,7 +152,7 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[s
     states: dict[int, dict[str, Tensor]] = {}
     for name, parameter in parameters.items():
         values = dict(state[name])
-        put(parameter, values.pop("value"))
+        parameter.copy_(_like(parameter, values.pop("value")))
         if values:
             states[numbers[id(parameter)]] = {
                 key: value if value.ndim == 0 else _like(parameter, value) for key, value in values.items()
