@@ -50,9 +50,9 @@ def as_delimiter(text: str) -> str:
     return found
 
 
-def check_kind(path: Path, layout: Layout | None = None) -> None:
+def check_kind(path: Path, layout: Layout) -> None:
     """Raises ValueError for a file whose name does not say what it is, or contradicts the layout."""
-    suffix, layout = path.suffix.lower(), layout or Layout()
+    suffix = path.suffix.lower()
     if suffix in JSONS and layout != Layout():
         raise ValueError(f"{path}: is JSON by its name, which has no delimiter and no header line")
     if suffix not in (*TABLES, *JSONS) and layout.delimiter is None:
@@ -123,10 +123,12 @@ def find_column(names: Iterable[str], wanted: str, place: str) -> str | None:
     return found[0] if found else None
 
 
-def _check_names(names: list[str], place: str) -> None:
-    twice = sorted({name for name in names if name and names.count(name) > 1})
-    if twice:
+def _names(first: list[str], layout: Layout, place: str) -> list[str]:
+    """What the columns are called, by the first row. Raises ValueError for a name that is given twice."""
+    names = [name.strip() for name in first] if layout.header else [str(i + 1) for i in range(len(first))]
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise ValueError(f"{place}: named more than once: {', '.join(map(repr, twice))}")
+    return names
 
 
 # Tables
@@ -153,8 +155,7 @@ def _table_records(path: Path, layout: Layout) -> Iterator[Record]:
     names: list[str] | None = None
     for place, row in _rows(path, delimiter_of(path, layout)):
         if names is None:
-            names = [name.strip() for name in row] if layout.header else [str(i + 1) for i in range(len(row))]
-            _check_names(names, place)
+            names = _names(row, layout, place)
             if layout.header:
                 continue
         if len(row) != len(names):
@@ -187,9 +188,7 @@ def header_of(path: Path, layout: Layout) -> list[str] | None:
     if path.suffix.lower() in JSONS:
         return None
     _, row = next(_rows(path, delimiter_of(path, layout)), ("", []))
-    names = [name.strip() for name in row] if layout.header else [str(i + 1) for i in range(len(row))]
-    _check_names(names, f"{path}:1")
-    return names
+    return _names(row, layout, f"{path}:1")
 
 
 # JSON

@@ -48,12 +48,8 @@ class FineTuning:
     ):
         """progress: whether to show a bar; None: where standard error is a terminal."""
         self.model, self.tokenizer, self.task, self.train, self.validation = model, tokenizer, task, train, validation
-        self.directory, self.settings, self.progress = (
-            RunDirectory.of(directory),
-            settings or FineTuneSettings(),
-            progress,
-        )
-        s = self.settings
+        self.directory, self.progress = RunDirectory.of(directory), progress
+        self.settings = s = settings or FineTuneSettings()
         self.optimizer = make_optimizer(model, s.learning_rate, s.weight_decay, (0.9, 0.999), 1e-6)
         self.epoch_steps = -(-len(train) // s.batch_size)
         self.steps = s.epochs * self.epoch_steps

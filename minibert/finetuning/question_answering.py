@@ -14,10 +14,14 @@ from minibert.finetuning.squad import Question, read_questions
 from minibert.finetuning.tasks import Rows, Task, batch_of
 from minibert.heads import BertForQuestionAnswering
 from minibert.pipelines.base import windows
-from minibert.pipelines.question_answering import QuestionAnsweringPipeline, null_score_difference
+from minibert.pipelines.question_answering import (
+    LONGEST_WINDOW,
+    QuestionAnsweringPipeline,
+    null_score_difference,
+    room_and_overlap,
+)
 from minibert.text.tokenizer import BertTokenizer
 
-_LONGEST, _OVERLAP = 384, 128  # tokens of a window, and those it repeats: the pipeline's defaults
 _ASKED_AT = 64  # questions that the pipeline is asked at once
 
 
@@ -55,7 +59,7 @@ class QuestionAnswering(Task):
         self, examples: Sequence[Question], tokenizer: BertTokenizer, ids: dict[str, int], max_length: int
     ) -> Rows:
         """A row for each window: [CLS] question [SEP] part of the context [SEP]; targets: first and last token."""
-        self.max_length = min(max_length, _LONGEST)
+        self.max_length = min(max_length, LONGEST_WINDOW)
         questions = tokenizer([each.question for each in examples], add_special_tokens=False, truncation=False)
         texts = {text: i for i, text in enumerate(dict.fromkeys(each.context for each in examples))}
         contexts = tokenizer(list(texts), add_special_tokens=False, truncation=False, return_offsets_mapping=True)
@@ -73,17 +77,10 @@ class QuestionAnswering(Task):
                 rows.targets.append([len(head) + token - start for token in answer] if inside else [0, 0])
         return rows
 
-    def _overlap(self, room: int) -> int:
-        if self.doc_stride is not None:
-            return self.doc_stride
-        overlap = min(self.max_length // 2, _OVERLAP)
-        return overlap if overlap < room else room // 2
-
     def _windows(self, head: int, length: int, place: str) -> list[tuple[int, int]]:
-        room = self.max_length - head - 1
+        room, overlap = room_and_overlap(self.max_length, head, self.doc_stride)
         if 0 < length <= room:
             return [(0, length)]
-        overlap = self._overlap(room)
         if room <= max(0, overlap):
             raise ValueError(
                 f"{place}: a question of {head - 2} tokens leaves {max(0, room)} of {self.max_length} to the context, "
@@ -99,13 +96,8 @@ class QuestionAnswering(Task):
         """The scores of the pipeline's answers. Where some questions have none, best_f1_thresh is also the
         null_score_diff_threshold that would have been best on them, and best_f1... are the scores with it.
         """
-        ask = QuestionAnsweringPipeline(
-            model,
-            tokenizer,
-            fast=False,
-            max_seq_len=self.max_length,
-            doc_stride=self.doc_stride,
-        )
+        rules = {"max_seq_len": self.max_length, "doc_stride": self.doc_stride}
+        ask = QuestionAnsweringPipeline(model, tokenizer, fast=False, **rules)
         found: list[tuple[str, float]] = []  # the best answer, and how far the probability of none surpasses it
         for start in range(0, len(rows.examples), _ASKED_AT):
             some = rows.examples[start : start + _ASKED_AT]

@@ -18,6 +18,7 @@ from minibert.fast.optimized import OptimizedModel
 from minibert.pipelines.items import is_stream, place
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 from minibert.weights import hub
+from minibert.weights.convert import HEADS
 from minibert.weights.pretrained import as_device, as_dtype, load_config
 
 # A batch's tokens, padding included. On a CPU larger batches are slower: they leave the caches and hold more padding.
@@ -29,20 +30,9 @@ STREAM_ITEMS, STREAM_CHARACTERS = 256, 1 << 20
 Answer = Callable[[nn.Module, BatchEncoding, list[slice]], Sequence[Any]]
 # Arguments of transformers' pipelines that mean nothing for BERT, and are taken where they are None
 UNUSED = ("feature_extractor", "image_processor", "processor", "modelcard", "framework", "args_parser", "model_card")
+_OF_PRETRAINING = ("BertForMaskedLM", "BertForNextSentencePrediction")  # a BertForPreTraining holds both heads
 _MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 _OTHER_ROWS = ("return_overflowing_tokens", "is_split_into_words")  # of the tokenizer: its rows would not be the texts
-# A head of BERT's -> the classes that its files open as without loss
-HEADS: dict[str, tuple[str, ...]] = {
-    "BertForPreTraining": ("BertForMaskedLM", "BertForNextSentencePrediction"),
-    "BertForMaskedLM": (),
-    "BertForNextSentencePrediction": (),
-    "BertForSequenceClassification": (),
-    "BertForTokenClassification": (),
-    "BertForQuestionAnswering": (),
-    "BertForMultipleChoice": (),
-    "BertModel": (),
-}
-
 Rows = Mapping[str, list]  # columns (input_ids, token_type_ids ...), each a list of rows
 
 
@@ -352,8 +342,9 @@ def chosen_device(device: str | int | torch.device | None = None) -> torch.devic
 
 def check_head(task: str, wanted: str, architectures: Sequence[str] | None, name: str) -> None:
     """Raise ValueError where a model was saved with another head of BERT's than the one `wanted`."""
-    others = {head for head in HEADS if head != wanted and wanted not in HEADS[head]}
-    if architectures and wanted in HEADS and all(head in others for head in architectures):
+    heads = set(HEADS.values())
+    opened = {wanted, "BertForPreTraining"} if wanted in _OF_PRETRAINING else {wanted}  # from which it opens
+    if architectures and wanted in heads and all(head in heads - opened for head in architectures):
         raise ValueError(f"{task} needs a {wanted}, but {name} was saved as a {' and a '.join(architectures)}")
 
 

@@ -23,7 +23,7 @@ from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 Pair = tuple[str, str]  # question, context
 
-
+LONGEST_WINDOW = 384  # tokens of a window, unless a call says otherwise
 _NO_COUNTS = ("handle_impossible_answer", "align_to_words", "null_score_diff_threshold")
 _LEAST = 2.0**-150  # below every product of two probabilities in float32 that is not 0
 
@@ -130,7 +130,7 @@ class QuestionAnsweringPipeline(Pipeline):
         return rules
 
     def _longest_row(self, rules: SpanRules) -> int:
-        return rules.max_seq_len or min(self.longest, 384)
+        return rules.max_seq_len or min(self.longest, LONGEST_WINDOW)
 
     def _check(self, item: Any, name: str) -> Pair:
         if isinstance(item, Mapping) and item.keys() == {"question", "context"}:
@@ -183,19 +183,26 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def _windows(self, head: int, length: int, rules: SpanRules, name: str) -> list[tuple[int, int]]:
         longest = self._longest_row(rules)
-        room = longest - head - 1
+        room, overlap = room_and_overlap(longest, head, rules.doc_stride)
         if 0 < length <= room:
             return [(0, length)]
-        overlap = rules.doc_stride
-        if overlap is None:
-            overlap = min(longest // 2, 128)
-            overlap = overlap if overlap < room else room // 2
         if room <= max(0, overlap):
             raise ValueError(
                 f"{name}: a question of {head - 2} tokens leaves {max(0, room)} of max_seq_len={longest} to the "
                 f"context, and doc_stride={overlap} of them are repeated: shorten it, or pass max_question_len"
             )
         return windows(length, room, overlap)
+
+
+def room_and_overlap(longest: int, head: int, doc_stride: int | None) -> tuple[int, int]:
+    """Of a window of `longest` tokens that begins with `head` others: how many are left to the context before [SEP],
+    and how many of these the window before had too, `doc_stride` or by default 128, or half if that is less.
+    """
+    room = longest - head - 1
+    if doc_stride is not None:
+        return room, doc_stride
+    overlap = min(longest // 2, 128)
+    return room, overlap if overlap < room else room // 2
 
 
 def _span_logits(runner: nn.Module, batch: BatchEncoding, spans: list[slice]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -99,10 +99,8 @@ class TokenClassificationPipeline(Pipeline):
         Raises TypeError for input of another kind, ValueError for an unknown strategy or an impossible stride.
         """
         self._refuse_in_call(unknown)
-        given = (aggregation_strategy, ignore_labels and tuple(ignore_labels), stride)
+        given = (aggregation_strategy, None if ignore_labels is None else tuple(ignore_labels), stride)
         options = [default if value is None else value for value, default in zip(given, self.defaults, strict=True)]
-        if ignore_labels is not None:
-            options[1] = tuple(ignore_labels)
         self._check_options(*options)
         if is_split_into_words and isinstance(inputs, (list, tuple)) and all(isinstance(word, str) for word in inputs):
             inputs = [inputs] if inputs else []
