@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -91,11 +92,8 @@ class HubConfig:
     change what is computed are refused by name; those known to be irrelevant are kept.
     """
 
-    def check_field(self, name: str, value: Any) -> None:
-        """Raise ValueError unless the field may have this value."""
-
-    def check(self) -> None:
-        """Raise ValueError unless each field may have its value and all of them go together."""
+    check_field: Callable[[str, Any], None]
+    check: Callable[[], None]
 
     model_type: ClassVar[str] = "bert"
     attribute_map: ClassVar[dict[str, str]] = {}

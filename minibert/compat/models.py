@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert.compat import loading
+from minibert.weights.ties import aliases
 
 
 class _SharedConfig:
@@ -105,13 +106,9 @@ class HubModel(nn.Module):
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
-        owners = {id(parameter): name for name, parameter in self.named_parameters()}
-        names = self.named_parameters(remove_duplicate=False)
-        return {name: owners[id(parameter)] for name, parameter in names if owners[id(parameter)] != name}
+        return aliases(self)
 
-    @property
-    def all_tied_weights_keys(self) -> dict[str, str]:
-        return self._tied_weights_keys
+    all_tied_weights_keys = _tied_weights_keys
 
     @classmethod
     def can_generate(cls) -> bool:

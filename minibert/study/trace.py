@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from minibert.model import attention_probabilities
 from minibert.study.steps import Kind, kind_of, spell
+from minibert.terminal import table
 
 _TORCH = os.path.dirname(torch.__file__)
 _A_STEP = re.compile(r"(bert\.)?encoder\.layer\.0\.attention\.self\.query")  # by which a BERT is known
@@ -37,9 +38,7 @@ _LOSSES = ("cross_entropy", "mse_loss", "binary_cross_entropy_with_logits")
 
 @dataclass(frozen=True)
 class Source:
-    """A line of code: `file` is the module's name as a path, `code` the exact expression (a whole line before
-    Python 3.11).
-    """
+    """A line of code: `file` is the module's name as a path, `code` the exact expression."""
 
     file: str
     line: int
@@ -151,12 +150,9 @@ class Trace:
             params = f"{s.params:,}" if s.params else ""
             numbers = (f"{x.mean():.3f}", f"{x.abs().max():.3g}")
             rows.append((s.name, str(s.source), s.letters, s.numbers, flops, params, *numbers))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        pads = [str.ljust] * 4 + [str.rjust] * 4
-        lines = ["  ".join(pads[i](cell, widths[i]) for i, cell in enumerate(row)).rstrip() for row in rows]
         sizes = " ".join(f"{letter}={size}" for letter, size in self.sizes.items())
         total = f"{len(self.steps)} steps, {self.flops / 1e6:,.2f} MFLOP in matrix products, {self.params:,} parameters"
-        return "\n".join([f"{self.model}: {sizes}", *lines, total])
+        return "\n".join([f"{self.model}: {sizes}", *table(rows, right=(4, 5, 6, 7)), total])
 
 
 def trace(
@@ -368,12 +364,11 @@ def source_of(frame: FrameType | None) -> Source:
         return Source("?", 0, "", "")
     file = f"{frame.f_globals.get('__name__', '?').replace('.', '/')}.py"
     code = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    if hasattr(frame.f_code, "co_positions"):
-        i = frame.f_lasti // 2
-        line, end_line, start, end = next(islice(frame.f_code.co_positions(), i, i + 1))
-        if None not in (line, end_line, start, end):
-            text = [linecache.getline(frame.f_code.co_filename, n).encode() for n in range(line, end_line + 1)]
-            text[-1] = text[-1][:end]
-            text[0] = text[0][start:]
-            code = " ".join(b" ".join(text).decode().split()) or code
+    i = frame.f_lasti // 2
+    line, end_line, start, end = next(islice(frame.f_code.co_positions(), i, i + 1))
+    if None not in (line, end_line, start, end):
+        text = [linecache.getline(frame.f_code.co_filename, n).encode() for n in range(line, end_line + 1)]
+        text[-1] = text[-1][:end]
+        text[0] = text[0][start:]
+        code = " ".join(b" ".join(text).decode().split()) or code
     return Source(file, frame.f_lineno, code, frame.f_code.co_name)

@@ -7,18 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from minibert.study.trace import Trace
-
-
-class _NothingRandom(TorchFunctionMode):
-    """Leaves weights as their memory is, and torch's generator too: all of them are about to be replaced."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
+from minibert.weights.pretrained import Uninitialised
 
 
 def twin(model: nn.Module, attention: str = "sdpa") -> nn.Module | None:
@@ -35,7 +26,7 @@ def twin(model: nn.Module, attention: str = "sdpa") -> nn.Module | None:
     )
     options = {"add_pooling_layer": model.pooler is not None} if name == "BertModel" else {}
     config = transformers.BertConfig(**json.loads(json.dumps(model.config.to_dict())))
-    with _NothingRandom():
+    with Uninitialised():  # all weights are about to be replaced
         other = getattr(transformers, name)._from_config(config, attn_implementation=attention, **options)
     other.load_state_dict(model.state_dict())
     return other.to(model.dtype).train(model.training)

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
@@ -39,10 +39,12 @@ T = TypeVar("T", bound="Pretrained")
 
 
 class Pretrained(KeepsTies):
-    """Loading and saving for a module that has a `config`, no buffers, and `_init_weights(module)`."""
+    """Loading and saving for a module that has a `config`, no buffers, `_init_weights(module)` and `_as_ours`."""
 
     config_class: ClassVar[type[Any]]
     base_model_prefix: ClassVar[str]  # the attribute that holds the encoder, in models that have it
+    # dtype, device, changes and `where` in other libraries' words -> the first three in ours
+    _as_ours: ClassVar[Callable[..., tuple[Any, Any, dict]]]
     new_heads: ClassVar[tuple[str, ...]] = ()  # beginnings of names that may be absent from a checkpoint
 
     @overload
@@ -155,11 +157,6 @@ class Pretrained(KeepsTies):
         return cls._prepare(hub.as_source(pretrained_model_name_or_path, **where), config, where_and_changes)
 
     @classmethod
-    def _as_ours(cls, dtype: Any, device: Any, changes: dict[str, Any], where: dict[str, Any]) -> tuple[Any, Any, dict]:
-        """dtype, device and changes after other libraries' arguments have been understood."""
-        return dtype, device, changes
-
-    @classmethod
     def _prepare(
         cls: type[T],
         source: hub.Source | None,
@@ -184,7 +181,7 @@ class Pretrained(KeepsTies):
         else:
             stored = _in_memory(state_dict)
         if _is_ours(cls):
-            with torch.device("meta"), _Uninitialised():
+            with torch.device("meta"), Uninitialised():
                 model = cls(config, **options)  # has sizes only; what is read takes the place of its parameters
         else:  # a constructor may do anything: what it makes and the file does not have must stay as it made it
             model = cls(config, **options)
@@ -328,7 +325,7 @@ def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device, only: torch
     return tensor.to(device, dtype if is_cast else tensor.dtype)
 
 
-class _Uninitialised(TorchFunctionMode):
+class Uninitialised(TorchFunctionMode):
     """Makes operations in place, which is how parameters are initialised, do nothing.
 
     On the meta device they would compute nothing either, but some are written in Python there, in modules of torch
