@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from minibert import terminal
@@ -45,12 +44,11 @@ def run(arguments: Arguments) -> None:
 def _opened(name: str, revision: str | None) -> Any:
     """The model as the class that it was saved as, in float32."""
     import minibert
-    from minibert.weights import hub
 
-    config = hub.fetch(name, "config.json", revision=revision)
-    saved = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config else None
+    config = minibert.BertConfig.from_pretrained(name, revision=revision)
+    saved = config.architectures
     kind = saved[0] if saved and saved[0] in minibert.__all__ else "BertForPreTraining"
-    return getattr(minibert, kind).from_pretrained(name, revision=revision, dtype="float32")
+    return getattr(minibert, kind).from_pretrained(name, config=config, revision=revision, dtype="float32")
 
 
 def _findings(output: str, size: int, facts: dict[str, Any]) -> list[str]:

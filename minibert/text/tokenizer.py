@@ -35,6 +35,13 @@ TRUNCATION = {False: None, True: "longest_first", "do_not_truncate": None} | {
 }
 SIDES = ("right", "left")
 TENSORS = (None, "pt", "np")
+COLUMNS = {  # of the result, in order, beside input_ids -> the option that asks for it
+    "token_type_ids": "return_token_type_ids",
+    "attention_mask": "return_attention_mask",
+    "special_tokens_mask": "return_special_tokens_mask",
+    "offset_mapping": "return_offsets_mapping",
+    "length": "return_length",
+}
 Text = str | Sequence[str]  # a sequence of words where is_split_into_words=True
 
 
@@ -260,7 +267,7 @@ class BertTokenizer(Vocabulary):
         return_overflowing_tokens: bool,
         split_special_tokens: bool | None,
         verbose: bool,
-        **columns: bool | None,
+        **asked: bool | None,
     ) -> BatchEncoding:
         batch, is_batched = as_batch(text, text_pair, is_split_into_words)
         pad, cut = self._limits(padding, truncation, max_length, pad_to_multiple_of, padding_side)
@@ -272,29 +279,13 @@ class BertTokenizer(Vocabulary):
             return_overflowing_tokens,
         )  # fmt: skip
         tensors = check_choice("return_tensors", return_tensors, TENSORS)
-        rows = request.batch_encoding(self._columns(**columns), pad, tensors)
+        names = [name for name, option in COLUMNS.items() if self._wants(name, asked.pop(option))]
+        for name in asked:
+            raise TypeError(f"the tokenizer has no option {name!r}")
+        rows = request.batch_encoding(["input_ids", *names], pad, tensors)
         if not is_batched and return_tensors is None and not return_overflowing_tokens:
             rows.update({name: row[0] if isinstance(row[0], list) else row for name, row in rows.items()})
         return rows
-
-    def _columns(
-        self,
-        return_token_type_ids: bool | None,
-        return_attention_mask: bool | None,
-        return_special_tokens_mask: bool,
-        return_offsets_mapping: bool,
-        return_length: bool,
-    ) -> list[str]:
-        """Names of the columns of the result, in order."""
-        asked = {
-            "input_ids": True,
-            "token_type_ids": self._wants("token_type_ids", return_token_type_ids),
-            "attention_mask": self._wants("attention_mask", return_attention_mask),
-            "special_tokens_mask": return_special_tokens_mask,
-            "offset_mapping": return_offsets_mapping,
-            "length": return_length,
-        }
-        return [name for name, wanted in asked.items() if wanted]
 
     def _wants(self, name: str, asked: bool | None) -> bool:
         return name in self.model_input_names if asked is None else asked
