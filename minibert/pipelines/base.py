@@ -59,6 +59,7 @@ class Pipeline:
     task: ClassVar[str]
     model_class: ClassVar[type[nn.Module]]
     item: ClassVar[str] = "a str"  # what the task takes, in errors
+    takes_tokenizer_kwargs: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -93,6 +94,8 @@ class Pipeline:
         self.model, self.tokenizer, self.fast = model.eval(), tokenizer, fast
         self.batch_size, self.progress = batch_size, progress
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
+        if self.tokenizer_kwargs and not self.takes_tokenizer_kwargs:
+            self._refuse({"tokenizer_kwargs": self.tokenizer_kwargs})
         self._optimized: nn.Module | None = None
         self._lock = ForkedLock()
 
@@ -151,7 +154,8 @@ class Pipeline:
     def options(cls) -> list[str]:
         """What the constructor takes beside model and tokenizer."""
         own, common = _parameters(cls.__init__), _parameters(Pipeline.__init__)
-        return list(dict.fromkeys([*own, *common]))
+        names = dict.fromkeys([*own, *common])
+        return [name for name in names if cls.takes_tokenizer_kwargs or name != "tokenizer_kwargs"]
 
     def _refuse(self, unknown: Mapping[str, Any], allowed: Iterable[str] | None = None) -> None:
         """Raise TypeError for an option that the task does not have; `allowed` are those of a call."""
@@ -355,6 +359,14 @@ def _whole(model: Any) -> Any:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise TypeError(f"{type(model).__name__}: its prompt lies outside of the model, where a pipeline does not look")
     return model.get_base_model()
+
+
+def given_once(options: Mapping[str, Any] | None, others: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The tokenizer's `options`, which are the argument `name`, and others. ValueError for one that is in both."""
+    options = options or {}
+    if twice := next((option for option in others if option in options), None):
+        raise ValueError(f"{twice} is given twice, by itself and in {name}")
+    return {**options, **others}
 
 
 def is_plain(model: nn.Module, kind: type[nn.Module]) -> bool:

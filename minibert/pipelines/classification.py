@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minibert.checks import check_choice, check_count, check_text
 from minibert.heads import BertForSequenceClassification
-from minibert.pipelines.base import Pipeline
+from minibert.pipelines.base import Pipeline, given_once
 from minibert.pipelines.items import Pair, as_pair, check_pair
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
@@ -25,15 +25,6 @@ TOKENIZER_OPTIONS = tuple(
     name for name in inspect.signature(BertTokenizer.__call__).parameters if not name.startswith(("self", "text"))
 )
 UNSET = ""  # top_k=None means all labels, so that "not given" needs another value
-
-
-def given_once(tokenizer_kwargs: Mapping[str, Any] | None, others: Mapping[str, Any]) -> dict[str, Any]:
-    """Both together. Raises ValueError for an option of the tokenizer that stands in both."""
-    tokenizer_kwargs = tokenizer_kwargs or {}
-    for name in others:
-        if name in tokenizer_kwargs:
-            raise ValueError(f"{name} is given twice, by itself and in tokenizer_kwargs")
-    return {**tokenizer_kwargs, **others}
 
 
 class TextClassificationPipeline(Pipeline):
@@ -59,7 +50,7 @@ class TextClassificationPipeline(Pipeline):
         **options: Any,
     ):
         for_tokenizer = {name: options.pop(name) for name in TOKENIZER_OPTIONS if name in options}
-        kwargs = given_once(tokenizer_kwargs, for_tokenizer)
+        kwargs = given_once(tokenizer_kwargs, for_tokenizer, "tokenizer_kwargs")
         super().__init__(model, tokenizer, tokenizer_kwargs=kwargs, **options)
         self.top_k = top_k if top_k in (UNSET, None) else check_count("top_k", top_k)
         self.function_to_apply = self._check_function(function_to_apply)
@@ -88,7 +79,7 @@ class TextClassificationPipeline(Pipeline):
         results = self._answer(
             inputs,
             batch_size=batch_size,
-            tokenizer_kwargs=given_once(tokenizer_kwargs, more_for_tokenizer),
+            tokenizer_kwargs=given_once(tokenizer_kwargs, more_for_tokenizer, "tokenizer_kwargs"),
             top_k=self.top_k if top_k == UNSET else top_k if top_k is None else check_count("top_k", top_k),
             function=self._check_function(function_to_apply) or self.function_to_apply or self._default_function(),
         )

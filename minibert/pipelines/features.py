@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minibert.model import BertModel
-from minibert.pipelines.base import Pipeline, rows_of
+from minibert.pipelines.base import Pipeline, given_once, rows_of
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
 
@@ -88,9 +88,4 @@ class FeatureExtractionPipeline(Pipeline):
 
 
 def _for_tokenizer(truncation: bool | str | None, tokenize_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    options = dict(tokenize_kwargs or {})
-    if truncation is None:
-        return options
-    if "truncation" in options:
-        raise ValueError("truncation is given twice, by itself and in tokenize_kwargs")
-    return {**options, "truncation": truncation}
+    return given_once(tokenize_kwargs, {} if truncation is None else {"truncation": truncation}, "tokenize_kwargs")

@@ -77,19 +77,18 @@ class QuestionAnsweringPipeline(Pipeline):
 
     task = "question-answering"
     model_class = BertForQuestionAnswering
+    takes_tokenizer_kwargs = False
     item = "a dict with question and context"
 
     def __init__(self, model: nn.Module, tokenizer: BertTokenizer, **options: Any):
         """options: those of every pipeline, and fields of SpanRules as the defaults of calls."""
         rules = {name: options.pop(name) for name in RULES if name in options}
         super().__init__(model, tokenizer, **options)
-        if self.tokenizer_kwargs:
-            self._refuse({"tokenizer_kwargs": self.tokenizer_kwargs})
         self.rules = self._checked(SpanRules(), rules)
 
     @classmethod
     def options(cls) -> list[str]:
-        return [*RULES, *(name for name in super().options() if name != "tokenizer_kwargs")]
+        return [*RULES, *super().options()]
 
     def __call__(
         self,

@@ -47,6 +47,7 @@ class TokenClassificationPipeline(Pipeline):
 
     task = "token-classification"
     model_class = BertForTokenClassification
+    takes_tokenizer_kwargs = False
 
     def __init__(
         self,
@@ -59,14 +60,8 @@ class TokenClassificationPipeline(Pipeline):
         **options: Any,
     ):
         super().__init__(model, tokenizer, **options)
-        if self.tokenizer_kwargs:
-            self._refuse({"tokenizer_kwargs": self.tokenizer_kwargs})
         self.defaults = (aggregation_strategy, tuple(ignore_labels), stride)
         self._check_options(*self.defaults)
-
-    @classmethod
-    def options(cls) -> list[str]:
-        return [name for name in super().options() if name != "tokenizer_kwargs"]
 
     def __call__(
         self,
