@@ -17,18 +17,18 @@ def check_text(value: Any, name: str) -> str:
     """The text itself. TypeError for anything else, ValueError for what is not Unicode."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, got {shown(value)}")
-    check_unicode(value, name)
-    return value
+    return check_unicode(value, name)
 
 
-def check_unicode(text: str, name: str) -> None:
-    """Raise ValueError for a str that is not Unicode text: half of a surrogate pair, as cut JSON or file names have."""
+def check_unicode(text: str, name: str) -> str:
+    """The text itself. ValueError for what is not Unicode: half of a surrogate pair, as cut JSON or file names have."""
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{name} is not Unicode text: lone surrogate {text[error.start]!r} at character {error.start}"
         ) from None
+    return text
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:

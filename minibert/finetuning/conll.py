@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from minibert.finetuning.files import check_unicode, lines
+from minibert.checks import check_unicode
+from minibert.finetuning.files import lines
 from minibert.finetuning.schemes import is_entity_label
 
 _BOUNDARY = "-DOCSTART-"
@@ -164,5 +165,5 @@ def _sentence(rows: list[_Line], word: int, label: int) -> Sentence:
         for name, column in (("word", word), ("label", label)):
             if not row.columns[column]:
                 raise ValueError(f"{row.place}: the {name} is empty")
-            check_unicode(row.columns[column], row.place, name)
+            check_unicode(row.columns[column], f"{row.place}: {name!r}")
     return Sentence(*zip(*((row.columns[word], row.columns[label], row.place) for row in rows), strict=True))

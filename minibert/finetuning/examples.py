@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from minibert.checks import check_unicode
 from minibert.finetuning.files import (
     Layout,
-    check_unicode,
     delimiter_of,
     find_column,
     header_of,
@@ -281,4 +281,4 @@ def _written(value: str, place: str, name: str) -> str:
     """The value itself, unless it is no Unicode text, or stands for a spreadsheet's error: nobody wrote that."""
     if _NO_RESULT.fullmatch(value.strip()):
         raise ValueError(f"{place}: {name!r} is {value.strip()!r}, a spreadsheet's mark of a formula without a result")
-    return check_unicode(value, place, name)
+    return check_unicode(value, f"{place}: {name!r}")

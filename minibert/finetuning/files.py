@@ -86,16 +86,6 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
                 raise ValueError(f"{place}: not UTF-8: {error}; save the file as UTF-8") from None
 
 
-def check_unicode(value: str, place: str, name: str) -> str:
-    """The value itself. Raises ValueError for half of a surrogate pair, which JSON can write but no text can hold."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"{value[error.start]!r} at character {error.start}"
-        raise ValueError(f"{place}: {name!r} is not Unicode text: {half} is half of a character") from None
-    return value
-
-
 def is_blank(text: str) -> bool:
     """Whether nothing of a text is seen, and no token will stand for any of it."""
     return all(char.isspace() or is_unseen(char) for char in text)

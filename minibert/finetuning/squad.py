@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minibert.finetuning.files import JSONS, check_unicode, is_blank, lines, parse_json, read_records
+from minibert.checks import check_unicode
+from minibert.finetuning.files import JSONS, is_blank, lines, parse_json, read_records
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _question(record: Any, context: str, place: str) -> Question:
     for name, value in (("question", text), ("context", context)):
         if is_blank(value):
             raise ValueError(f"{place}: the {name} is empty")
-        check_unicode(value, place, name)
+        check_unicode(value, f"{place}: {name!r}")
     answers = _answers(record, place)
     impossible = record.get("is_impossible", not answers)
     if not isinstance(impossible, bool):
@@ -115,7 +116,7 @@ def _answers(record: dict[str, Any], place: str) -> tuple[tuple[str, int], ...]:
         start = _field(answer, "answer_start", int, where)
         if start < 0:
             raise ValueError(f"{where}: answer_start is {start}, but must be at least 0")
-        answers.append((check_unicode(_field(answer, "text", str, where), where, "text"), start))
+        answers.append((check_unicode(_field(answer, "text", str, where), f"{where}: 'text'"), start))
     return tuple(dict.fromkeys(answers))
 
 
