@@ -197,6 +197,8 @@ def main() -> None:
         raise SystemExit(f"{REFERENCE} is the reference, and does not run")
     for dtype in options.dtypes:
         rows = contest(dtype, options, exports, reference[1])
+        if not rows:
+            continue  # none of --only is of this dtype
         show(rows)
         append(rows, options.out or RESULTS / "inference.csv")
 

@@ -28,9 +28,9 @@ def optimize(
     Outputs always come in the model's own dtype.
 
     compile: True makes all layers one compiled graph on a CPU, some tenths faster, most so for short texts: that takes
-    a C++ compiler and, once for a shape of models and a CPU, some 20 to 90 seconds, which one line announces (for int8
-    twice, where few tokens and many are for kernels of their own). It is kept on disk, and None, the default, uses what
-    is there and compiles nothing; False: never. MINIBERT_COMPILE, 1 or 0 in the environment, says what None means.
+    a C++ compiler and, once for a shape of models and a CPU, some 30 to 100 seconds, which is announced. It is kept on
+    disk, and None, the default, uses what is there and compiles nothing; False: never. MINIBERT_COMPILE, 1 or 0 in the
+    environment, says what None means.
 
     It computes as in eval mode, whatever mode the model is in. Parameters are shared with `model`, apart from a second
     copy of the weights in the layout that the kernels read. Change them, and it is time to optimize again: the next

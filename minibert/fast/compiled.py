@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,10 +24,11 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from minibert.fast import compiler
+from minibert.fast.compiler import CannotCompileError, directory, fingerprint, hash_of
 from minibert.fast.encoder import CpuEngine
 from minibert.fast.graph import Places, Shape, weights
 from minibert.fast.padding import Batch, pack_rows, rounded, up_to
-from minibert.fast.quantize import FbgemmInt8Linear
 from minibert.weights.files import replacing, write
 
 logger = logging.getLogger("minibert")
@@ -37,18 +36,11 @@ logger = logging.getLogger("minibert")
 _RUNNERS = 2  # calls that may run at the same time
 _SLACK = 1 << 18  # products of a token with a token that padding may add to attention without a second thought
 _TOKENS = 4096  # at once: beyond, what a layer works on has long left the caches
-# FBGEMM is as fast on fewer, and what it reads and writes is in float32: 32 x 32 tokens of a MiniLM took 184 ms at once
-# and 156 in two halves (two cores of a Zen 3)
-_TOKENS_FBGEMM = 512
 _SCORES = 1 << 24  # of attention at once, padding included
 # How far a compiled pass may be from the same operations one by one, in units of the largest value
 _ALLOWED = {"float32": 1e-4, "bfloat16": 0.06, "float16": 0.02, "int8": 0.2}
-_NOTES = 2  # their form: older ones say nothing of many tokens
-_CODE = ("graph.py", "compiling.py", "onednn.py", "quantize.py", "../activations.py")
-
-
-class CannotCompileError(RuntimeError):
-    """Why there is no compiled pass."""
+_NOTES = 3  # their form
+_CODE = ("graph.py", "compiling.py", "onednn.py", "panels.cpp", "panels.py", "quantize.py", "../activations.py")
 
 
 @dataclass(frozen=True)
@@ -60,14 +52,6 @@ class Package:
     measured: tuple[str, ...]
 
 
-def directory() -> Path:
-    """Where packages are kept."""
-    own, shared = os.environ.get("MINIBERT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own, "compiled")
-    return Path(shared, "minibert", "compiled") if shared else Path.home() / ".cache" / "minibert" / "compiled"
-
-
 def expected_seconds(shape: Shape) -> int:
     """About what compiling takes on two cores; to be said before it is begun."""
     return 55 + 2 * shape.layers
@@ -75,8 +59,7 @@ def expected_seconds(shape: Shape) -> int:
 
 def key(shape: Shape) -> str:
     """A name for all that a package depends on."""
-    facts = [_NOTES, shape.as_dict(), torch.__version__, sys.platform, *_cpu(), _code()]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return fingerprint(_NOTES, shape.as_dict(), _code())
 
 
 def find(shape: Shape) -> Package | None:
@@ -98,7 +81,7 @@ def make(shape: Shape, measured: tuple[str, ...] = ()) -> Package:
     found = find(shape)
     if found is not None:
         return found
-    obstacle = compiler_obstacle()
+    obstacle = compiler.compiler_obstacle()
     if obstacle:
         raise CannotCompileError(obstacle)
     what = f"{shape.layers} layers of {shape.hidden}"
@@ -138,34 +121,9 @@ def _compile(shape: Shape, measured: tuple[str, ...]) -> Package:
     return Package(directory() / name, seconds, measured)
 
 
-def compiler_obstacle() -> str:
-    """Why nothing can be compiled here, or ""."""
-    if not sys.executable:
-        return "this Python cannot start another"
-    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-    if not any(shutil.which(name) for name in compilers):
-        return f"there is no C++ compiler ({', '.join(compilers)})"
-    return ""
-
-
-@cache
-def _cpu() -> tuple[str, ...]:
-    """What code is compiled for: two machines that share a home directory need not share instructions."""
-    facts = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return (*facts, platform.processor())
-    for wanted in ("model name", "flags", "Features"):
-        facts += next(([line] for line in lines if line.startswith(wanted)), [])
-    return tuple(facts)
-
-
 @cache
 def _code() -> str:
-    """A hash of what is compiled."""
-    here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in _CODE)).hexdigest()
+    return hash_of(*_CODE)
 
 
 class CompiledPass:
@@ -173,14 +131,13 @@ class CompiledPass:
 
     def __init__(self, package: Package, engine: CpuEngine):
         self.loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(package.path), "model", False, _RUNNERS, -1)
-        self.tokens = _TOKENS_FBGEMM if issubclass(engine.kernels.linear, FbgemmInt8Linear) else _TOKENS
         self.weights = weights(engine)  # kept: the package itself keeps no more than where they lie
         self.loader.load_constants(self.weights, use_inactive=False, check_full_update=True, user_managed=True)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Last states, (N, D), or (M, D) of the picked tokens."""
         plan = batch.packing
-        groups = split(plan.lengths, self.tokens)
+        groups = split(plan.lengths)
         if len(groups) == 1:
             picked = None if batch.picked is None else batch.picked.index
             return self._run(batch.ids_3N, plan.lengths, picked)
@@ -223,12 +180,10 @@ def _layout_of_one(tokens: int) -> tuple[Tensor, ...]:
         return _layout([tokens], None)
 
 
-def split(lengths: list[int], most: int = _TOKENS) -> list[list[int]]:
-    """Rows that are computed together, by number: attention pads them to the longest, which must not cost much. most:
-    how many tokens at once, if they are not one text's.
-    """
+def split(lengths: list[int]) -> list[list[int]]:
+    """Rows that are computed together, by number: attention pads them to the longest, which must not cost much."""
     order = range(len(lengths))
-    if len(lengths) > 1 and not _fits(len(lengths), max(lengths), sum(lengths), sum(n * n for n in lengths), most):
+    if len(lengths) > 1 and not _fits(len(lengths), max(lengths), sum(lengths), sum(n * n for n in lengths)):
         order = sorted(order, key=lengths.__getitem__, reverse=True)
     else:
         return [list(order)]
@@ -237,7 +192,7 @@ def split(lengths: list[int], most: int = _TOKENS) -> list[list[int]]:
     for row in order:
         length = lengths[row]
         tokens, squares = tokens + length, squares + length * length
-        if groups and _fits(len(groups[-1]) + 1, lengths[groups[-1][0]], tokens, squares, most):
+        if groups and _fits(len(groups[-1]) + 1, lengths[groups[-1][0]], tokens, squares):
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -245,9 +200,9 @@ def split(lengths: list[int], most: int = _TOKENS) -> list[list[int]]:
     return groups
 
 
-def _fits(rows: int, longest: int, tokens: int, squares: int, most: int) -> bool:
+def _fits(rows: int, longest: int, tokens: int, squares: int) -> bool:
     padded = rows * longest * longest
-    return padded <= 1.5 * squares + _SLACK and tokens <= most and padded <= _SCORES
+    return padded <= 1.5 * squares + _SLACK and tokens <= _TOKENS and padded <= _SCORES
 
 
 def attach(engine: CpuEngine, package: Package, dtype: str) -> str:

@@ -18,8 +18,6 @@ from minibert.model import BertLayer, BertModel
 # Activations bounded below by -0.17, as GELU is
 GELUS = ("gelu", "gelu_new", "gelu_python", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh", "gelu_fast")
 
-FEW = 128  # tokens that an engine for short texts computes, where there is another for more
-
 
 class Linear(Protocol):
     """A linear layer of the fast path: onednn.PlainLinear, onednn.PrepackedLinear, quantize.Int8Linear."""
@@ -143,10 +141,7 @@ class VocabularyHead:
 
 
 class CpuEngine:
-    """Computes batches for a BertModel and, if there is one, a head of masked words.
-
-    many: the engine that computes batches of more than FEW tokens, where other kernels are faster there.
-    """
+    """Computes batches for a BertModel and, if there is one, a head of masked words."""
 
     def __init__(self, model: BertModel, head: nn.Module | None, kernels: Kernels):
         self.dtype, self.kernels = kernels.dtype, kernels
@@ -154,28 +149,18 @@ class CpuEngine:
         self.compiled: Callable[[Batch], Tensor] | None = None  # all of `encode` in one call, see compiled.py
         self.layers = [FastLayer(layer, kernels) for layer in model.encoder.layer]
         self.head = None if head is None else VocabularyHead(head, kernels)
-        self.many: CpuEngine | None = None
         parts = nn.ModuleList([model] if head is None else [model, head])
         self._own = {parameter.data_ptr() for parameter in parts.parameters()}
 
     @property
     def linears(self) -> list[Linear]:
-        """All linear layers, those of `many` too, each once."""
         found = [linear for layer in self.layers for linear in layer.linears]
-        found += [] if self.head is None else self.head.linears
-        found += [] if self.many is None else self.many.linears
-        return list({id(linear): linear for linear in found}.values())
+        return found + ([] if self.head is None else self.head.linears)
 
     @property
     def nbytes(self) -> int:
         """Memory of the weights beside the model's own."""
         return sum(_nbytes(linear, self._own) for linear in self.linears)
-
-    def share_values(self, other: CpuEngine) -> None:
-        """Hold the weights of values once, where this engine and another have the same kernels for them."""
-        for own, theirs in zip(self.layers, other.layers, strict=True):
-            if len(own.inputs) == len(theirs.inputs) == 2 and type(own.inputs[1]) is type(theirs.inputs[1]):
-                own.inputs[1] = theirs.inputs[1]
 
     def to_host(self, x: Tensor | None) -> Tensor | None:
         return x
@@ -197,8 +182,6 @@ class CpuEngine:
     def encode(self, batch: Batch, with_states: bool = False, with_maps: bool = False) -> Encoded:
         """All layers. States and maps are kept only if asked for."""
         picked, N = batch.picked, batch.packing.tokens
-        if self.many is not None and N > FEW:
-            return self.many.encode(batch, with_states, with_maps)
         simple = not (with_states or with_maps or batch.packing.masks or batch.embeds_ND is not None)
         if self.compiled is not None and simple:
             return Encoded(self.compiled(batch))

@@ -17,17 +17,12 @@ from torch.nn import functional
 from minibert.activations import ACTIVATIONS
 from minibert.fast.encoder import GELUS, CpuEngine, Kernels, Linear
 from minibert.fast.onednn import POST_OPS, PrepackedLinear, UnfusedLinear
-from minibert.fast.quantize import (
-    Bfloat16Linear,
-    FbgemmInt8AfterGelu,
-    FbgemmInt8Linear,
-    Int8AfterGelu,
-    Int8Linear,
-)
+from minibert.fast.panels import PanelInt8AfterGelu, PanelInt8Linear, PanelLinear, laid_out
+from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
 from minibert.model import BertModel
 
-_FLOATS = (PrepackedLinear, UnfusedLinear, Bfloat16Linear)
-_BYTES = (Int8Linear, Int8AfterGelu, FbgemmInt8Linear, FbgemmInt8AfterGelu)
+_FLOATS = (PrepackedLinear, UnfusedLinear, PanelLinear, Bfloat16Linear)
+_BYTES = (Int8Linear, Int8AfterGelu, PanelInt8Linear, PanelInt8AfterGelu)
 KINDS: dict[str, type[Linear]] = {kind.__name__: kind for kind in (*_FLOATS, *_BYTES)}
 
 
@@ -58,6 +53,12 @@ class Shape:
         """Whether oneDNN's products may take in what follows them."""
         return self.linear != UnfusedLinear.__name__
 
+    @property
+    def has_panels(self) -> bool:
+        """Whether products of our own are among them."""
+        kinds = (KINDS[name] for name in (self.linear, self.careful))
+        return any(issubclass(kind, (PanelLinear, PanelInt8Linear)) for kind in kinds)
+
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
 
@@ -70,7 +71,7 @@ def shape_of(model: BertModel, kernels: Kernels) -> Shape | str:
     kinds = [kernels.linear.__name__, kernels.careful.__name__, kernels.after_gelu.__name__]
     other = [kind for kind in kinds if kind not in KINDS]
     if other:
-        return f"it is for products by oneDNN, not for {other[0]}"
+        return f"it is for products by oneDNN and our own, not for {other[0]}"
     seen = {
         (
             layer.attention.self.query.out_features,
@@ -130,14 +131,27 @@ class Product(nn.Module):
         return ACTIVATIONS[self.activation](y) if self.activation else y
 
 
+class PanelProduct(Product):
+    """The same by the kernel for panels."""
+
+    def __init__(self, kind: str, inputs: int, outputs: int, dtype: torch.dtype, activation: str = ""):
+        super().__init__(kind, inputs, outputs, dtype, activation)
+        self.outputs = outputs
+        self.weight, self.bias = laid_out(self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs) -> (N, outputs)."""
+        return self.activated(torch.ops.minibert_panels.linear.default(x, self.weight, self.bias, self.outputs))
+
+
 class BytesProduct(Product):
     """The same in bytes, by oneDNN: what Int8Linear computes. Gives float32."""
 
     def __init__(self, kind: str, inputs: int, outputs: int, dtype: torch.dtype, activation: str = ""):
         super().__init__(kind, inputs, outputs, torch.float32, activation)
-        self.register_weights(inputs, outputs)
         self.register_buffer("scale", torch.empty(outputs))
         self.register_buffer("smoothing", None)
+        self.register_weights(inputs, outputs)
 
     def register_weights(self, inputs: int, outputs: int) -> None:
         self.weight = torch.empty(inputs, outputs, dtype=torch.int8)  # oneDNN transposes what it packs in int8
@@ -154,37 +168,37 @@ class BytesProduct(Product):
         return self.activated(self.multiply(x * scale.reciprocal()) * scale + self.bias)
 
     def multiply(self, steps: Tensor) -> Tensor:
+        return self.multiply_bytes((torch.round(steps) + self.kind.centre).to(torch.uint8))
+
+    def multiply_bytes(self, rounded: Tensor) -> Tensor:
         return torch.ops.onednn.qlinear_pointwise.tensor(
-            (torch.round(steps) + self.kind.centre).to(torch.uint8), self.unit, self.centre,
-            self.weight, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], "",
+            rounded, self.unit, self.centre, self.weight, self.scale, self.zero_points,
+            None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
 
 
-class FbgemmProduct(BytesProduct):
-    """The same by FBGEMM: what FbgemmInt8Linear computes."""
+class PanelBytesProduct(BytesProduct):
+    """The same by our own kernel: what PanelInt8Linear computes."""
 
     def register_weights(self, inputs: int, outputs: int) -> None:
-        self.weight = torch.empty(outputs, inputs, dtype=torch.int8)
         like = self.kind.of_levels(torch.zeros(outputs, inputs, dtype=torch.int8))
-        for name in ("packed", "offsets", "zeros", "bounds"):
-            self.register_buffer(name, torch.empty_like(getattr(like, name)))
+        self.outputs, self.weight, self.scale = outputs, like.weight, like.scale
+        self.register_buffer("offsets", like.offsets)
 
-    def multiply(self, steps: Tensor) -> Tensor:
-        # A stand-in for torch's own operation, which cannot be recorded: see compiling.py
-        product = torch.ops.minibert.fbgemm_linear_int8_weight_fp32_activation(
-            torch.cat([steps, self.bounds]), self.weight, self.packed, self.offsets, 1.0, 0, self.zeros
+    def multiply_bytes(self, rounded: Tensor) -> Tensor:
+        return torch.ops.minibert_panels.linear_of_bytes.default(
+            rounded, self.weight, self.offsets, self.scale, self.outputs
         )
-        return product[: steps.shape[0]] * self.scale
 
 
 def product(
     kind: str, inputs: int, outputs: int, dtype: torch.dtype, activation: str = "", after_norm: bool = False
 ) -> Product:
     """One linear layer of the graph, of one of the KINDS. after_norm: its input is that of a LayerNorm alone."""
-    is_int8, is_fbgemm = (issubclass(KINDS[kind], parent) for parent in (Int8Linear, FbgemmInt8Linear))
-    chosen = FbgemmProduct if is_fbgemm else BytesProduct if is_int8 else Product
+    products = {PanelInt8Linear: PanelBytesProduct, Int8Linear: BytesProduct, PanelLinear: PanelProduct}
+    chosen = next((each for parent, each in products.items() if issubclass(KINDS[kind], parent)), Product)
     layer = chosen(kind, inputs, outputs, dtype, activation)
-    if is_int8 and after_norm:
+    if after_norm and isinstance(layer, BytesProduct):
         layer.smoothing = torch.empty(inputs)
     return layer
 
@@ -320,8 +334,8 @@ def weights(engine: CpuEngine) -> dict[str, Tensor]:
             names = ["weight", "bias"]
             if isinstance(linear, Int8Linear) and linear.smoothing is not None:
                 names += ["smoothing"]
-            if isinstance(linear, FbgemmInt8Linear):
-                names += ["scale", "packed", "offsets", "zeros", "bounds"]
+            if isinstance(linear, PanelInt8Linear):
+                names += ["scale", "offsets"]
             elif isinstance(linear, Int8Linear):
                 names += ["scale", "zero_points"]
                 found[f"layers.{number}.{name}.unit"] = torch.tensor(1.0)

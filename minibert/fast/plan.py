@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import product
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from minibert.activations import Activation
 from minibert.base import BertPreTrainedModel
-from minibert.fast import compiled
-from minibert.fast.encoder import FEW, CpuEngine, Kernels, Linear
+from minibert.fast import compiled, compiler, panels
+from minibert.fast.encoder import CpuEngine, Kernels, Linear
 from minibert.fast.graph import shape_of
 from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
 from minibert.fast.optimized import OptimizedModel
+from minibert.fast.panels import PanelInt8AfterGelu, PanelInt8Linear, PanelLinear
 from minibert.fast.quantize import (
     Bfloat16Linear,
     FbgemmInt8AfterGelu,
@@ -38,68 +40,71 @@ _GAIN = 1.1  # a second copy of the weights must be faster by this much
 _LOSS = 4  # a dtype is refused when slower than float32 by this much, again and again: emulation is far slower still
 _TRIES = 3
 _EMULATED = 20  # and is not even tried in full size when slower by this much in a small one: it could take minutes
-_FBGEMM = "int8 by FBGEMM"  # the other library that torch has for products of bytes
-_INT8 = {"int8": Int8Linear, _FBGEMM: FbgemmInt8Linear}
+_FBGEMM = "int8 by FBGEMM"  # the other library that torch has for products of bytes, operation by operation
+_PANELS, _BYTES_PANELS = "float32 by panels", "int8 by panels"  # our own kernels, where they are compiled
+_INT8: dict[str, type[Int8Linear]] = {"int8": Int8Linear, _FBGEMM: FbgemmInt8Linear, _BYTES_PANELS: PanelInt8Linear}
+_FLOAT32: dict[str, type[Linear]] = {**_INT8, _PANELS: PanelLinear}  # what takes and gives float32
+_AFTER_GELU: dict[type[Linear], type[Linear]] = {
+    Int8Linear: Int8AfterGelu,
+    FbgemmInt8Linear: FbgemmInt8AfterGelu,
+    PanelInt8Linear: PanelInt8AfterGelu,
+}
+# oneDNN's in the place of others: where our own are not compiled, and where a graph is made of them
+_WITHOUT_PANELS = {PanelLinear: UnfusedLinear, PanelInt8Linear: Int8Linear, PanelInt8AfterGelu: Int8AfterGelu}
+_IN_A_GRAPH = {PlainLinear: UnfusedLinear, FbgemmInt8Linear: Int8Linear, FbgemmInt8AfterGelu: Int8AfterGelu}
 # What a product may be off by, in units of its largest value
-_ALLOWED = {"plain": 0.0, "float32": 1e-4, "bfloat16": 0.03, "float16": 0.01, **dict.fromkeys(_INT8, 0.1)}
+_ALLOWED = {
+    "plain": 0.0,
+    **dict.fromkeys(("float32", _PANELS), 1e-4),
+    "bfloat16": 0.03,
+    "float16": 0.01,
+    **dict.fromkeys(_INT8, 0.1),
+}
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class CpuPlan:
     """dtype: what products are computed in, "int8" too. compile: run a compiled pass, True: and make it if there is
-    none, None: if there is one. receipts: what was decided, and on what evidence. many: the kernels for more than FEW
-    tokens, where they are others.
+    none, None: if there is one. receipts: what was decided, and on what evidence.
     """
 
     dtype: str
     kernels: Kernels
     receipts: tuple[str, ...]
     compile: bool | None = False
-    many: Kernels | None = None
 
     @torch.no_grad()
     def build(self, model: BertPreTrainedModel) -> OptimizedModel:
         """The optimized model."""
         head = getattr(getattr(model, "cls", None), "predictions", None)
-        engine, notes = CpuEngine(model.base_model, head, self.kernels), []
-        if self.many is not None:
-            many = CpuEngine(model.base_model, None, self.many)
-            many.share_values(engine)
-            # First the pass for many tokens: where that for few is found, both are
-            notes.append(f"compiled, more than {FEW} tokens: {self._compiled(model, many)}")
-        notes.append(f"compiled: {self._compiled(model, engine)}")
-        if self.many is not None and (many.compiled or not engine.compiled):
-            engine.many = many
-        elif self.many is not None:
-            notes.append(f"more than {FEW} tokens: as few, since what is compiled is faster")
+        engine = CpuEngine(model.base_model, head, _to_be_had(self.kernels))
+        notes = f"compiled: {self._compiled(model, engine)}"
         memory = f"memory: {engine.nbytes / 2**20:.0f} MiB for the second copy of the weights"
-        return OptimizedModel(model, engine, self, (memory, *reversed(notes)))
+        return OptimizedModel(model, engine, self, (memory, notes))
 
     def __str__(self) -> str:
-        others = "" if self.many is None else f", beyond {FEW} tokens on {self.many.linear.__name__}"
-        return f"{self.dtype} on {self.kernels.linear.__name__}{others}, {torch.get_num_threads()} threads"
+        return f"{self.dtype} on {self.kernels.linear.__name__}, {torch.get_num_threads()} threads"
 
     def _compiled(self, model: BertPreTrainedModel, engine: CpuEngine) -> str:
         """Give the engine a compiled pass, where there is one to be had, and say so."""
         if self.compile is False:
             return "no, as asked"
-        # Where torch's own products are the fastest, operation by operation, a graph would still have oneDNN's
+        # Where other products are the fastest, operation by operation, a graph would still have oneDNN's
         kernels = engine.kernels
-        if _can_be_prepacked(self.dtype, kernels):
-            float32 = _all(torch.float32, UnfusedLinear)
-            kernels = replace(kernels, careful=PrepackedLinear) if self.dtype == "int8" else float32
+        if self.dtype in ("float32", "int8"):
+            kernels = _exchanged(kernels, _IN_A_GRAPH)
         shape = shape_of(model.base_model, kernels)
         if isinstance(shape, str):
             return f"no, {shape}"
         if self.compile and kernels != engine.kernels:
-            return f"no, {compiled.compiler_obstacle() or 'float32 by oneDNN cannot be had here'}"
+            return f"no, {compiler.compiler_obstacle() or 'float32 by oneDNN cannot be had here'}"
         try:
             package = compiled.make(shape, self.receipts) if self.compile else compiled.find(shape)
-        except compiled.CannotCompileError as why:
+        except compiler.CannotCompileError as why:
             return f"no, {why}"
         if package is None or kernels != engine.kernels:
-            seconds, where = compiled.expected_seconds(shape), compiled.directory()
+            seconds, where = compiled.expected_seconds(shape), compiler.directory()
             return (
                 "no, operation by operation; optimize(model, compile=True) makes it one graph, in about "
                 f"{seconds} s, once for all models of this shape, and keeps it in {where}"
@@ -111,46 +116,38 @@ class CpuPlan:
 @dataclass(frozen=True)
 class Speeds:
     """GFLOP/s by name, "plain" being float32 as torch does it; for what is left out, the obstacle. unfused: the dtypes
-    in which a GELU after oneDNN's product is faster than one within it. fbgemm: how many times FBGEMM's products of
-    bytes are as fast as oneDNN's, by the number of tokens.
+    in which a GELU after oneDNN's product is faster than one within it. against: for kernels that are not oneDNN's, how
+    many times they are as fast as its own in the same dtype, by the number of tokens.
     """
 
     measured: dict[str, float]
     obstacles: dict[str, str]
     unfused: frozenset[str] = frozenset()
-    fbgemm: dict[int, float] = field(default_factory=dict)
+    against: dict[str, dict[int, float]] = field(default_factory=dict)
 
-    def of(self, name: str) -> float:
-        """Of the faster library, where there are two."""
-        return max(self.measured.get(each, 0.0) for each in (name, f"{name} by FBGEMM"))
+    def of(self, dtype: str) -> float:
+        """Of the fastest kernels for a dtype."""
+        return max((speed for name, speed in self.measured.items() if name.split(" by ")[0] == dtype), default=0.0)
 
     @property
     def float32(self) -> float:
         return max(self.of("plain"), self.of("float32"))
 
-    def gains(self, name: str) -> bool:
+    def gains(self, dtype: str) -> bool:
         """Is this clearly faster than float32?"""
-        return self.of(name) > _GAIN * self.float32
+        return self.of(dtype) > _GAIN * self.float32
 
-    @property
-    def by_fbgemm(self) -> bool:
-        """Whether bytes are for FBGEMM, as short texts have it."""
-        if self.fbgemm:
-            return self.fbgemm[_SHORT] > 1
-        return _FBGEMM in self.measured and "int8" not in self.measured
-
-    @property
-    def many_by_fbgemm(self) -> bool:
-        """The same for many tokens, for which the other library must be worth its copy of the weights."""
-        if not self.fbgemm:
-            return self.by_fbgemm
-        return self.fbgemm[_MANY] > (1 / _GAIN if self.by_fbgemm else _GAIN)
+    def fastest(self, onednn: str, other: str) -> str:
+        """Which of two kernels to take: what is gained on short texts must be more than is lost on full batches."""
+        if onednn in self.measured and other in self.measured:
+            return other if math.prod(self.against[other].values()) > 1 else onednn
+        return other if other in self.measured else onednn
 
     def receipts(self) -> list[str]:
         lines = [f"{name}: {speed:.0f} GFLOP/s" for name, speed in self.measured.items()]
-        if self.fbgemm:
-            times = ", ".join(f"{ratio:.2f} on {rows} tokens" for rows, ratio in self.fbgemm.items())
-            lines.append(f"{_FBGEMM} against oneDNN: {times}")
+        for name, ratios in self.against.items():
+            times = ", ".join(f"{ratio:.2f} on {rows} tokens" for rows, ratio in ratios.items())
+            lines.append(f"{name} against oneDNN: {times}")
         lines += [f"{name}: oneDNN's GELU is slower than a pass of its own" for name in sorted(self.unfused)]
         return lines + [f"{name}: {obstacle}" for name, obstacle in self.obstacles.items()]
 
@@ -174,8 +171,8 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
         obstacle = _obstacle(name)
         if obstacle:
             obstacles[name] = obstacle
-        elif name in _INT8:
-            kernels[name] = (_INT8[name], torch.float32)
+        elif name in _FLOAT32:
+            kernels[name] = (_FLOAT32[name], torch.float32)
         else:
             kernels[name] = (PrepackedLinear, getattr(torch, name))
     small, wrong = _race(kernels, 128, 128, rows=8)
@@ -195,18 +192,26 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
         with_gelu, _ = _race({"unfused": (UnfusedLinear, dtype), name: (PrepackedLinear, dtype)}, D, F, _ROWS, "gelu")
         if with_gelu["unfused"] < with_gelu.get(name, float("inf")):
             unfused.add(name)
-    both = _INT8.keys() <= seconds.keys()
-    fbgemm = {rows: _gain_of_fbgemm(D, F, rows) for rows in (_SHORT, _MANY)} if both else {}
+    against = {}
+    for name in (_PANELS, _FBGEMM, _BYTES_PANELS):
+        onednn = name.split(" by ")[0]
+        if {name, onednn} <= seconds.keys():
+            both = {each: kernels[each][0] for each in (onednn, name)}
+            against[name] = {rows: _gain(both, D, F, rows) for rows in (_SHORT, _MANY)}
     speeds = {name: 2 * _ROWS * D * F / s / 1e9 for name, s in seconds.items()}
-    return Speeds(speeds, obstacles | wrong, frozenset(unfused), fbgemm)
+    return Speeds(speeds, obstacles | wrong, frozenset(unfused), against)
 
 
 def _obstacle(name: str) -> str:
-    """Why this build of torch or this CPU cannot compute in a dtype by oneDNN, or bytes by FBGEMM, or ""."""
+    """Why this build of torch or this CPU cannot compute in a dtype by oneDNN, or by other kernels, or ""."""
     library, has = "oneDNN", torch.backends.mkldnn.is_available()
+    if name in (_PANELS, _BYTES_PANELS) and (obstacle := panels.load()):
+        return obstacle
+    if name == _PANELS:
+        return ""
     if name == _FBGEMM:
         library, has = "FBGEMM", "fbgemm" in torch.backends.quantized.supported_engines
-    if not has:
+    if not has and name != _BYTES_PANELS:
         return f"torch is built without {library}"
     try:  # these operations are torch's own affair, and may change or go with any version
         if name in ("bfloat16", "float16"):
@@ -240,22 +245,18 @@ def _race(
     return seconds, wrong | also
 
 
-def _gain_of_fbgemm(D: int, F: int, rows: int) -> float:
-    """How many times FBGEMM's products of a feed-forward part, in bytes, are as fast as oneDNN's, on so many tokens.
-
-    oneDNN takes bytes, and what makes them is a part of the loop before it in a compiled pass; FBGEMM rounds by itself.
-    """
-    generator, calls = torch.Generator().manual_seed(0), {"int8": [], _FBGEMM: []}
+def _gain(kinds: dict[str, type[Linear]], D: int, F: int, rows: int) -> float:
+    """How many times the second kind is as fast as the first in a feed-forward part, on so many tokens."""
+    generator, layers = torch.Generator().manual_seed(0), {name: [] for name in kinds}
     for inputs, outputs in ((D, F), (F, D)):
-        steps = torch.randn(rows, inputs, generator=generator).mul_(30).clamp_(-126, 126)
+        x = torch.randn(rows, inputs, generator=generator)
         weight = torch.randn(outputs, inputs, generator=generator)
-        onednn, fbgemm = (kind(weight, torch.zeros(outputs)) for kind in (Int8Linear, FbgemmInt8Linear))
-        rounded = (steps.round() + onednn.centre).to(torch.uint8)
-        calls["int8"].append(partial(onednn.multiply_bytes, rounded))
-        calls[_FBGEMM].append(partial(fbgemm.multiply, steps))
-    runs = {name: lambda both=both: torch.cat([call() for call in both], 1) for name, both in calls.items()}
-    seconds, _ = race(runs, _ALLOWED, wall_clock)
-    return seconds["int8"] / seconds.get(_FBGEMM, float("inf"))
+        for name, kind in kinds.items():
+            layers[name].append(partial(kind(weight, torch.zeros(outputs)), x))
+    runs = {name: lambda both=both: torch.cat([layer() for layer in both], 1) for name, both in layers.items()}
+    seconds, _ = race(runs, _ALLOWED | {next(iter(kinds)): 0.0}, wall_clock)
+    first, second = kinds
+    return seconds[first] / seconds.get(second, float("inf"))
 
 
 def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None = False) -> CpuPlan:
@@ -271,11 +272,18 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
         return CpuPlan(wanted, _all(torch.float64, PlainLinear), receipts, compile)
     if compile is not False:
         for kernels in _compilable(wanted):
+            if kernels != _to_be_had(kernels):
+                continue
             shape = shape_of(model.base_model, kernels)
             package = None if isinstance(shape, str) else compiled.find(shape)
             if package is not None:
-                return CpuPlan(wanted, kernels, package.measured, compile, _found_for_many(model, kernels))
-    others = {"auto": ["bfloat16"], "int8": [*_INT8, "bfloat16"], "float32": []}.get(wanted, [wanted])
+                return CpuPlan(wanted, kernels, package.measured, compile)
+    others = {"auto": ["bfloat16"], "int8": ["int8", _FBGEMM, "bfloat16"], "float32": []}.get(wanted, [wanted])
+    without_panels = ""
+    if compile and wanted in ("auto", "int8", "float32"):
+        without_panels = panels.make()
+        if not without_panels:
+            others += [_PANELS, _BYTES_PANELS] if wanted == "int8" else [_PANELS]
     for attempt in range(_TRIES):  # other work on the machine makes everything look slow at times
         speeds = measure(others, model.config.hidden_size, model.config.intermediate_size, attempt)
         if wanted in ("auto", "float32") or speeds.of(wanted) > speeds.float32:
@@ -285,30 +293,28 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
     elif speeds.of(wanted) * _LOSS < speeds.float32 and wanted != "float32":
         reason = speeds.obstacles.get(wanted, f"{speeds.of(wanted):.0f} GFLOP/s, float32 has {speeds.float32:.0f}")
         raise ValueError(f"dtype={wanted!r}: this CPU is slow at it ({reason}); use 'auto' or 'float32'")
-    kernels, many = _kernels(wanted, speeds), None
-    can_compile = compile and speeds.of("float32") and not compiled.compiler_obstacle()
-    if can_compile and _can_be_prepacked(wanted, kernels):
-        prepacked = _prepacked("float32", speeds)
-        kernels = replace(kernels, careful=PrepackedLinear) if wanted == "int8" else _all(torch.float32, prepacked)
-        why += "; float32 by oneDNN, which can be compiled"
+    kernels = _kernels(wanted, speeds, bool(compile) and not compiler.compiler_obstacle())
     if kernels.careful is not kernels.linear:
         why += f"; values and heads on {kernels.careful.__name__}, attention in {NAMES[kernels.attention]}"
     if wanted == "int8" and weight_levels(kernels.linear) < 127:
         why += "; weights of 7 bits, since this CPU adds products of bytes in 16 bits, which saturates"
     chosen = f"chosen: {wanted} on {kernels.linear.__name__}, {why}"
-    if wanted == "int8" and speeds.by_fbgemm != speeds.many_by_fbgemm:
-        many = _int8(speeds.many_by_fbgemm, kernels.careful)
-        chosen += f"; beyond {FEW} tokens on {many.linear.__name__}"
-    return CpuPlan(wanted, kernels, (_threads(), *speeds.receipts(), chosen), compile, many)
+    missing = (f"{_PANELS}: {without_panels}",) if without_panels else ()
+    return CpuPlan(wanted, kernels, (_threads(), *speeds.receipts(), *missing, chosen), compile)
 
 
-def _kernels(name: str, speeds: Speeds) -> Kernels:
-    packs = speeds.of("float32") > _GAIN * speeds.of("plain")
+def _kernels(name: str, speeds: Speeds, compiles: bool) -> Kernels:
+    """The kernels for a dtype. compiles: of those that a graph can have, where there are any."""
+    float32: type[Linear] = PlainLinear
+    if speeds.of("float32") > (0.0 if compiles else _GAIN * speeds.of("plain")):
+        by_panels = speeds.fastest("float32", _PANELS) == _PANELS
+        float32 = PanelLinear if by_panels else _prepacked("float32", speeds)
     if name == "int8":
         bfloat16 = speeds.gains("bfloat16") and "bfloat16" not in speeds.obstacles
-        return _int8(speeds.by_fbgemm, Bfloat16Linear if bfloat16 else PrepackedLinear if packs else PlainLinear)
+        other = _BYTES_PANELS if compiles and {"int8", _BYTES_PANELS} & speeds.measured.keys() else _FBGEMM
+        return _int8(_INT8[speeds.fastest("int8", other)], Bfloat16Linear if bfloat16 else float32)
     if name == "float32":
-        return _all(torch.float32, _prepacked(name, speeds) if packs else PlainLinear)
+        return _all(torch.float32, float32)
     return _all(getattr(torch, name), PlainLinear if name in speeds.obstacles else _prepacked(name, speeds))
 
 
@@ -318,29 +324,29 @@ def _prepacked(name: str, speeds: Speeds) -> type[Linear]:
 
 def _compilable(name: str) -> list[Kernels]:
     """The kernels that a compiled pass in a dtype may have."""
+    onednn = [PrepackedLinear, UnfusedLinear]
     if name == "int8":
-        return [_int8(*each) for each in product((True, False), (Bfloat16Linear, PrepackedLinear))]
-    return [] if name == "auto" else [_all(getattr(torch, name), linear) for linear in (PrepackedLinear, UnfusedLinear)]
+        careful = [Bfloat16Linear, PanelLinear, *onednn]
+        return [_int8(*each) for each in product((PanelInt8Linear, Int8Linear), careful)]
+    kinds = [PanelLinear, *onednn] if name == "float32" else onednn
+    return [] if name == "auto" else [_all(getattr(torch, name), linear) for linear in kinds]
 
 
-def _found_for_many(model: BertPreTrainedModel, kernels: Kernels) -> Kernels | None:
-    """The other library of bytes for many tokens, if a pass by it was compiled too."""
-    if not issubclass(kernels.linear, Int8Linear):
-        return None
-    many = _int8(not issubclass(kernels.linear, FbgemmInt8Linear), kernels.careful)
-    shape = shape_of(model.base_model, many)
-    return None if isinstance(shape, str) or compiled.find(shape) is None else many
+def _to_be_had(kernels: Kernels) -> Kernels:
+    """The same by oneDNN where our own kernels are not compiled: a plan may be another machine's."""
+    others = _exchanged(kernels, _WITHOUT_PANELS)
+    return others if others != kernels and panels.load() else kernels
 
 
-def _can_be_prepacked(name: str, kernels: Kernels) -> bool:
-    """Whether torch's own products in float32 stand where oneDNN's could."""
-    return name in ("float32", "int8") and PlainLinear in (kernels.linear, kernels.careful)
+def _exchanged(kernels: Kernels, others: Mapping[type[Linear], type[Linear]]) -> Kernels:
+    """The same with other kinds of products in the place of some."""
+    kinds = {name: getattr(kernels, name) for name in ("linear", "after_gelu", "careful")}
+    return replace(kernels, **{name: others.get(kind, kind) for name, kind in kinds.items()})
 
 
-def _int8(by_fbgemm: bool, careful: type[Linear]) -> Kernels:
+def _int8(linear: type[Linear], careful: type[Linear]) -> Kernels:
     attention = torch.bfloat16 if careful is Bfloat16Linear else torch.float32
-    linear, after_gelu = (FbgemmInt8Linear, FbgemmInt8AfterGelu) if by_fbgemm else (Int8Linear, Int8AfterGelu)
-    return Kernels(torch.float32, linear, after_gelu, careful, attention, rows=_ROWS)
+    return Kernels(torch.float32, linear, _AFTER_GELU[linear], careful, attention, rows=_ROWS)
 
 
 def _all(dtype: torch.dtype, linear: type[Linear]) -> Kernels:

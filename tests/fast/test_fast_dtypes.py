@@ -1,7 +1,5 @@
 """The fast path in bfloat16 and int8: close to float32, refused where slow, chosen only where fast."""
 
-import pickle
-
 import pytest
 import torch
 from test_fast import close, make, masks, text
@@ -11,6 +9,7 @@ from minibert.activations import Activation
 from minibert.fast import onednn, plan
 from minibert.fast.encoder import GELUS
 from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
+from minibert.fast.panels import PanelInt8AfterGelu, PanelInt8Linear
 from minibert.fast.quantize import (
     Bfloat16Linear,
     FbgemmInt8AfterGelu,
@@ -20,6 +19,8 @@ from minibert.fast.quantize import (
     norm_magnitudes,
     smoothing_factors,
 )
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def error(got, exact):
@@ -34,10 +35,14 @@ def fast_at(name):
 
 
 MISSING = {name: reason for name in ("bfloat16", "int8", plan._FBGEMM) if (reason := plan._obstacle(name))}
-# Both libraries that have products of bytes, and what is for any numbers and for what a GELU gave
+# The libraries that have products of bytes, and what is for any numbers and for what a GELU gave
 INT8 = [
     pytest.param(*kinds, marks=pytest.mark.skipif(name in MISSING, reason=f"{name}: {MISSING.get(name)}"), id=name)
-    for name, kinds in (("int8", (Int8Linear, Int8AfterGelu)), (plan._FBGEMM, (FbgemmInt8Linear, FbgemmInt8AfterGelu)))
+    for name, kinds in (
+        ("int8", (Int8Linear, Int8AfterGelu)),
+        (plan._FBGEMM, (FbgemmInt8Linear, FbgemmInt8AfterGelu)),
+        (plan._BYTES_PANELS, (PanelInt8Linear, PanelInt8AfterGelu)),
+    )
 ]
 
 
@@ -59,8 +64,7 @@ def test_linear_layers(rows, inputs, outputs):
     allowed = {
         **dict.fromkeys((PlainLinear, PrepackedLinear, UnfusedLinear), 1e-6),
         Bfloat16Linear: 0.01,
-        Int8Linear: 0.02,
-        FbgemmInt8Linear: 0.02,
+        **dict.fromkeys((Int8Linear, FbgemmInt8Linear, PanelInt8Linear), 0.02),
     }
     for name, linear in (("bfloat16", Bfloat16Linear), (plan._FBGEMM, FbgemmInt8Linear)):
         if name in MISSING:
@@ -151,60 +155,27 @@ def test_int8_of_a_token_depends_on_no_other(linear, after_gelu):
 
 
 @pytest.mark.parametrize(
-    ("short", "long", "expected"),
-    [
-        (1.9, 1.0, (True, True)),
-        (1.9, 0.95, (True, True)),  # not worth a second copy of the weights
-        (1.9, 0.6, (True, False)),
-        (0.9, 0.6, (False, False)),
-        (0.9, 1.05, (False, False)),
-        (0.9, 1.5, (False, True)),
-    ],
+    ("short", "long", "expected"), [(1.9, 1.0, True), (1.9, 0.6, True), (0.9, 0.9, False), (1.2, 0.7, False)]
 )
-def test_the_library_of_int8_is_chosen_by_the_number_of_tokens(short, long, expected):
-    measured = {"plain": 1.0, "int8": 8.0, plan._FBGEMM: 7.0}
-    speeds = plan.Speeds(measured, {}, fbgemm={16: short, 1024: long})
-    assert (speeds.by_fbgemm, speeds.many_by_fbgemm) == expected
-    assert f"{short:.2f} on 16 tokens, {long:.2f} on 1024 tokens" in "".join(speeds.receipts())
+def test_the_library_of_int8_must_gain_more_on_short_texts_than_it_loses(short, long, expected):
+    measured = {"plain": 1.0, "int8": 8.0, plan._FBGEMM: 7.0, plan._BYTES_PANELS: 9.0}
+    for compiles, other in ((False, plan._FBGEMM), (True, plan._BYTES_PANELS)):
+        speeds = plan.Speeds(measured, {}, against={other: {16: short, 1024: long}})
+        chosen = plan._INT8[other if expected else "int8"]
+        kernels = plan._kernels("int8", speeds, compiles)
+        assert (kernels.linear, kernels.after_gelu) == (chosen, plan._AFTER_GELU[chosen])
+        assert f"{short:.2f} on 16 tokens, {long:.2f} on 1024 tokens" in "".join(speeds.receipts())
 
 
 def test_the_library_of_int8_that_is_there():
-    for name, expected in ((plan._FBGEMM, True), ("int8", False)):
-        speeds = plan.Speeds({"plain": 1.0, name: 7.0}, {})
-        assert speeds.by_fbgemm == speeds.many_by_fbgemm == expected
-
-
-@pytest.mark.skipif(plan._FBGEMM in MISSING, reason=MISSING.get(plan._FBGEMM, ""))
-def test_few_and_many_tokens_go_to_kernels_of_their_own(monkeypatch):
-    """Each library computes what it is faster at: one model, one copy of the values' weights."""
-    speeds = plan.Speeds(
-        {"plain": 1.0, "float32": 2.0, "int8": 8.0, plan._FBGEMM: 7.0}, {}, fbgemm={16: 2.0, 1024: 0.5}
-    )
-    monkeypatch.setattr(plan, "measure", lambda names, D, F, attempt=0: speeds)
-    model = make(BertForMaskedLM, hidden_size=96)
-    fast = optimize(model, "int8", compile=False)
-    few, many = fast.engine, fast.engine.many
-    assert [type(engine.layers[0].up) for engine in (few, many)] == [FbgemmInt8Linear, Int8Linear]
-    assert few.layers[0].inputs[1] is many.layers[0].inputs[1]
-    assert "beyond 128 tokens on Int8Linear" in fast.explain()
-    assert "beyond 128 tokens on Int8Linear" in repr(fast)
-    alone = plan.CpuPlan("int8", plan._int8(True, type(few.layers[0].inputs[1])), ()).build(model).engine
-    assert alone.nbytes < few.nbytes < 2 * alone.nbytes
-    asked = []
-    monkeypatch.setattr(
-        many, "embed", lambda batch, embed=many.embed: asked.append(batch.packing.tokens) or embed(batch)
-    )
-    for shape in ((4, 32), (5, 26), (1, 30), (20, 30)):
-        ids = text(shape=shape)
-        with torch.no_grad():
-            exact = model(ids, output_hidden_states=True)
-        got = fast(ids, output_hidden_states=True)
-        assert error(got.logits, exact.logits) < 0.05
-        assert all(error(*pair) < 0.05 for pair in zip(got.hidden_states, exact.hidden_states, strict=True))
-    assert asked == [130, 600]
-    again = pickle.loads(pickle.dumps(fast))
-    assert type(again.engine.many.layers[0].up) is Int8Linear
-    assert torch.equal(again(ids).logits, fast(ids).logits)
+    """A graph can have oneDNN's products and our own; if there are none, FBGEMM's go operation by operation."""
+    for names, compiles, expected in (
+        ([plan._FBGEMM], False, FbgemmInt8Linear), ([plan._FBGEMM], True, FbgemmInt8Linear),
+        (["int8"], False, Int8Linear), (["int8"], True, Int8Linear),
+        ([plan._FBGEMM, plan._BYTES_PANELS], True, PanelInt8Linear), (["int8", plan._BYTES_PANELS], False, Int8Linear),
+    ):  # fmt: skip
+        speeds = plan.Speeds({"plain": 1.0, **dict.fromkeys(names, 7.0)}, {}, against={plan._BYTES_PANELS: {16: 2.0}})
+        assert plan._kernels("int8", speeds, compiles).linear is expected, names
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.03), ("int8", 0.05)])

@@ -1,0 +1,253 @@
+// Linear layers in float32 and in bytes with weights in panels: see panels.py.
+//
+// A panel holds two vectors' worth of outputs: for each input, their weights side by side. A tile of y, some rows by one
+// panel, stays in registers while the inputs are gone through: each weight that is loaded serves all of the rows.
+// Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication", section 4.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <numeric>
+#include <utility>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16, ROWS = 12;  // of 32 registers, 24 hold sums
+#else
+constexpr int64_t LANES = 8, ROWS = 6;  // of 16 registers, 12 hold sums
+#endif
+constexpr int64_t WIDTH = 2 * LANES;  // outputs in a panel
+constexpr int64_t INPUTS = 384;       // at once: their part of a panel stays in the first cache
+constexpr int64_t BLOCK = 16 * ROWS;  // rows at once: their inputs stay in the second cache
+
+// Calls compute(row, row_end, panel, panel_end) in parallel, for tasks of one size, as many as threads or a multiple: rows
+// are parted for the caches' sake, panels for the threads'
+template <typename Compute>
+void in_parallel(int64_t rows, int64_t panels, const Compute& compute) {
+  const int64_t threads = at::get_num_threads(), blocks = (rows + BLOCK - 1) / BLOCK;
+  const int64_t groups = std::min(panels, threads / std::gcd(blocks, threads));
+  at::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t block = task / groups, group = task % groups;
+      compute(rows * block / blocks, rows * (block + 1) / blocks, panels * group / groups, panels * (group + 1) / groups);
+    }
+  });
+}
+
+// (outputs, inputs) -> (P, inputs / D, WIDTH, D): P panels, zeros behind the last output and the last input
+at::Tensor in_panels(const at::Tensor& weight, int64_t width, int64_t D) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const at::Tensor padded = at::constant_pad_nd(weight, {0, (D - inputs % D) % D, 0, (width - outputs % width) % width});
+  return padded.view({-1, width, padded.size(1) / D, D}).transpose(1, 2).contiguous();
+}
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
+
+// y (R, WIDTH) = before (R, WIDTH) + x (R, inputs) times some inputs of a panel, (inputs, WIDTH). Strides are from row to
+// row, 0 for the same row again. With each input, memory is asked for `step` numbers more of `next`, into the second
+// cache: the weights that come next, in as many parts as tiles go through the same panel.
+template <int64_t R>
+void tile(const float* x, int64_t x_stride, const float* panel, int64_t inputs, const float* before,
+          int64_t before_stride, float* y, int64_t y_stride, const float* next, int64_t step) {
+  Vector sum[R][2];
+#pragma GCC unroll 12
+  for (int64_t r = 0; r < R; r++) sum[r][0] = sum[r][1] = Vector{};
+  for (int64_t i = 0; i < inputs; i++) {
+    const Vector left = load(panel + i * WIDTH), right = load(panel + i * WIDTH + LANES);
+    __builtin_prefetch(next + i * step, 0, 2);
+#pragma GCC unroll 12
+    for (int64_t r = 0; r < R; r++) {
+      sum[r][0] += left * x[r * x_stride + i];
+      sum[r][1] += right * x[r * x_stride + i];
+    }
+  }
+#pragma GCC unroll 12
+  for (int64_t r = 0; r < R; r++) {
+    store(y + r * y_stride, sum[r][0] + load(before + r * before_stride));
+    store(y + r * y_stride + LANES, sum[r][1] + load(before + r * before_stride + LANES));
+  }
+}
+
+template <int64_t... R>
+constexpr auto tiles(std::integer_sequence<int64_t, R...>) {
+  return std::array{tile<R + 1>...};
+}
+constexpr auto TILES = tiles(std::make_integer_sequence<int64_t, ROWS>());
+
+struct Product {
+  const float *x, *panels, *bias;
+  float* y;
+  int64_t inputs, outputs;
+
+  // y = x W^T + b for the rows and panels from .. to
+  void compute(int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) const {
+    const int64_t rows = row_end - row, blocks = (rows + ROWS - 1) / ROWS, pieces = (inputs + INPUTS - 1) / INPUTS;
+    for (int64_t piece = 0; piece < pieces; piece++) {
+      const int64_t start = inputs * piece / pieces, end = inputs * (piece + 1) / pieces;
+      for (int64_t p = panel; p < panel_end; p++) {
+        const float* weights = panels + (p * inputs + start) * WIDTH;
+        for (int64_t block = 0; block < blocks; block++) {
+          const int64_t from = row + rows * block / blocks, count = row + rows * (block + 1) / blocks - from;
+          const int64_t step = WIDTH / blocks;
+          const float* next = weights + inputs * WIDTH + block * (end - start) * step;
+          compute_tile(from, count, p, start, end, next, step);
+        }
+      }
+    }
+  }
+
+  // What the inputs from .. to add to one tile, or at the first of them, to its bias
+  void compute_tile(int64_t row, int64_t rows, int64_t panel, int64_t start, int64_t end, const float* next,
+                    int64_t step) const {
+    const float *from = x + row * inputs + start, *weights = panels + (panel * inputs + start) * WIDTH;
+    const float* biases = bias + panel * WIDTH;
+    float* to = y + row * outputs + panel * WIDTH;
+    const int64_t width = std::min(WIDTH, outputs - panel * WIDTH);
+    const auto tile = TILES[rows - 1];
+    if (width == WIDTH) {
+      tile(from, inputs, weights, end - start, start ? to : biases, start ? outputs : 0, to, outputs, next, step);
+      return;
+    }
+    float whole[ROWS * WIDTH] = {};  // the last panel is wider than what is left of y
+    for (int64_t r = 0; start && r < rows; r++) std::copy_n(to + r * outputs, width, whole + r * WIDTH);
+    tile(from, inputs, weights, end - start, start ? whole : biases, start ? WIDTH : 0, whole, WIDTH, next, step);
+    for (int64_t r = 0; r < rows; r++) std::copy_n(whole + r * WIDTH, width, to + r * outputs);
+  }
+};
+
+// (N, inputs), panels of `lay_out`, their biases -> (N, outputs)
+at::Tensor linear(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, int64_t outputs) {
+  const at::Tensor input = x.contiguous();
+  const int64_t rows = input.size(0), inputs = input.size(1), count = panels.size(0);
+  TORCH_CHECK(panels.size(1) == inputs && bias.size(0) == count * WIDTH && outputs <= count * WIDTH,
+              "x and panels do not fit");
+  at::Tensor y = at::empty({rows, outputs}, input.options());
+  const Product product{input.const_data_ptr<float>(), panels.const_data_ptr<float>(), bias.const_data_ptr<float>(),
+                        y.mutable_data_ptr<float>(), inputs, outputs};
+  in_parallel(rows, count, [&](auto... part) { product.compute(part...); });
+  return y;
+}
+
+at::Tensor lay_out(const at::Tensor& weight) { return in_panels(weight, WIDTH, 1).squeeze(-1); }
+
+#ifdef __AVX2__
+
+constexpr int64_t BYTE_ROWS = 6, BYTE_WIDTH = 16, FOUR = 4;  // four products of bytes are added at once
+
+__m256i four_products(__m256i sum, __m256i x, __m256i weights) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  sum = _mm256_dpbusd_epi32(sum, x, weights);
+#else  // two of them in 16 bits, which holds them if weights are no larger than 64
+  const __m256i pairs = _mm256_maddubs_epi16(x, weights);
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+  asm volatile("" : "+x"(sum));  // one after another: what is begun for all tiles at once finds no registers
+  return sum;
+}
+
+// y (R, BYTE_WIDTH) = (x (R, groups, FOUR) times a panel (groups, BYTE_WIDTH, FOUR), less offsets) times scales
+template <int64_t R>
+void byte_tile(const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t groups, const int32_t* offsets,
+               const float* scales, float* y, int64_t y_stride, const int8_t* next, int64_t step) {
+  __m256i sum[R][2];
+#pragma GCC unroll 12
+  for (int64_t r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+  for (int64_t g = 0; g < groups; g++) {
+    const auto* weights = reinterpret_cast<const __m256i*>(panel + g * BYTE_WIDTH * FOUR);
+    const __m256i left = _mm256_loadu_si256(weights), right = _mm256_loadu_si256(weights + 1);
+    __builtin_prefetch(next + g * step, 0, 2);
+#pragma GCC unroll 12
+    for (int64_t r = 0; r < R; r++) {
+      int32_t four;
+      std::memcpy(&four, x + r * x_stride + g * FOUR, FOUR);
+      const __m256i values = _mm256_set1_epi32(four);
+      sum[r][0] = four_products(sum[r][0], values, left);
+      sum[r][1] = four_products(sum[r][1], values, right);
+    }
+  }
+#pragma GCC unroll 12
+  for (int64_t r = 0; r < R; r++) {
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < 2; half++) {
+      const auto* off = reinterpret_cast<const __m256i*>(offsets) + half;
+      const __m256 product = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[r][half], _mm256_loadu_si256(off)));
+      _mm256_storeu_ps(y + r * y_stride + half * 8, _mm256_mul_ps(product, _mm256_loadu_ps(scales + half * 8)));
+    }
+  }
+}
+
+template <int64_t... R>
+constexpr auto byte_tiles(std::integer_sequence<int64_t, R...>) {
+  return std::array{byte_tile<R + 1>...};
+}
+constexpr auto BYTE_TILES = byte_tiles(std::make_integer_sequence<int64_t, BYTE_ROWS>());
+
+// (N, inputs) of uint8, panels of `lay_out_bytes`, their offsets and scales -> (N, outputs) of float32
+at::Tensor linear_of_bytes(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& offsets,
+                           const at::Tensor& scales, int64_t outputs) {
+  const int64_t rows = x.size(0), count = panels.size(0), groups = panels.size(1), inputs = groups * FOUR;
+  TORCH_CHECK((x.size(1) + FOUR - 1) / FOUR == groups && offsets.size(0) == count * BYTE_WIDTH &&
+                  scales.size(0) == count * BYTE_WIDTH && outputs <= count * BYTE_WIDTH,
+              "x and panels do not fit");
+  const at::Tensor input = (x.size(1) == inputs ? x : at::constant_pad_nd(x, {0, inputs - x.size(1)})).contiguous();
+  at::Tensor y = at::empty({rows, outputs}, scales.options());
+  const auto *from = input.const_data_ptr<uint8_t>();
+  const auto *weights = panels.const_data_ptr<int8_t>();
+  const auto *offset = offsets.const_data_ptr<int32_t>();
+  const auto *scale = scales.const_data_ptr<float>();
+  auto* to = y.mutable_data_ptr<float>();
+  in_parallel(rows, count, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
+    const int64_t tiles = (row_end - row + BYTE_ROWS - 1) / BYTE_ROWS, step = BYTE_WIDTH * FOUR / tiles;
+    for (int64_t p = panel; p < panel_end; p++) {
+      const int8_t* weight = weights + p * inputs * BYTE_WIDTH;
+      const int64_t width = std::min(BYTE_WIDTH, outputs - p * BYTE_WIDTH);
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t first = row + (row_end - row) * tile / tiles, end = row + (row_end - row) * (tile + 1) / tiles;
+        float whole[BYTE_ROWS * BYTE_WIDTH];  // the last panel may be wider than what is left of y
+        float* place = to + first * outputs + p * BYTE_WIDTH;
+        const bool fits = width == BYTE_WIDTH;
+        BYTE_TILES[end - first - 1](from + first * inputs, inputs, weight, groups, offset + p * BYTE_WIDTH,
+                                    scale + p * BYTE_WIDTH, fits ? place : whole, fits ? outputs : BYTE_WIDTH,
+                                    weight + inputs * BYTE_WIDTH + tile * groups * step, step);
+        for (int64_t r = 0; !fits && r < end - first; r++)
+          std::copy_n(whole + r * BYTE_WIDTH, width, place + r * outputs);
+      }
+    }
+  });
+  return y;
+}
+
+at::Tensor lay_out_bytes(const at::Tensor& weight) { return in_panels(weight, BYTE_WIDTH, FOUR); }
+
+#endif
+
+}  // namespace
+
+TORCH_LIBRARY(minibert_panels, library) {
+  library.def("linear(Tensor x, Tensor panels, Tensor bias, int outputs) -> Tensor");
+  library.def("lay_out(Tensor weight) -> Tensor");
+  library.def("linear_of_bytes(Tensor x, Tensor panels, Tensor offsets, Tensor scales, int outputs) -> Tensor");
+  library.def("lay_out_bytes(Tensor weight) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(minibert_panels, CPU, library) {
+  library.impl("linear", linear);
+  library.impl("lay_out", lay_out);
+#ifdef __AVX2__
+  library.impl("linear_of_bytes", linear_of_bytes);
+  library.impl("lay_out_bytes", lay_out_bytes);
+#endif
+}

@@ -1,0 +1,162 @@
+"""Linear layers in float32 and in bytes by kernels of our own, panels.cpp, which is compiled for this CPU.
+
+For a short text a product is as fast as its weights come from memory. oneDNN and MKL, whose kernels are made for many
+rows, read them at 8 to 11 GB/s where memory gives 20 and more (12 to 16 rows, two cores of a Zen 3); and for bytes
+oneDNN has no kernels below VNNI that are fast on few rows.
+
+The library lies beside the compiled passes, under a name made of all that it depends on, and is made where a pass is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.nn import functional
+
+from minibert.fast import compiler
+from minibert.fast.compiler import CannotCompileError, directory, fingerprint, hash_of
+from minibert.fast.onednn import UnfusedLinear
+from minibert.fast.quantize import Int8AfterGelu, Int8Linear
+from minibert.weights.files import write
+
+logger = logging.getLogger("minibert")
+
+SOURCE = "panels.cpp"
+_SECONDS = 15  # that compiling takes on two cores, about
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fopenmp", "-shared", "-fPIC", "-w")
+_lock = threading.Lock()
+
+
+class PanelLinear(UnfusedLinear):
+    """y = activation(x W^T + b), or x W^T + b + residual, for x (N, in) of float32, once `load` found no obstacle."""
+
+    def _lay_out(self, weight: Tensor, bias: Tensor) -> None:
+        self.outputs = len(weight)
+        self.weight, self.bias = laid_out(weight.detach(), bias.detach())
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.ops.minibert_panels.linear.default(x, self.weight, self.bias, self.outputs)
+
+
+class PanelInt8Linear(Int8Linear):
+    """Int8Linear by our own kernel."""
+
+    def _pack(self, rounded: Tensor) -> None:
+        self.outputs = len(rounded)
+        self.weight = torch.ops.minibert_panels.lay_out_bytes(rounded)
+        offsets = self.centre * rounded.sum(1, dtype=torch.int32)
+        self.offsets, self.scale = (_filled_up(x, self.weight) for x in (offsets, self.scale))
+
+    def multiply_bytes(self, rounded: Tensor) -> Tensor:
+        return torch.ops.minibert_panels.linear_of_bytes.default(
+            rounded, self.weight, self.offsets, self.scale, self.outputs
+        )
+
+
+class PanelInt8AfterGelu(Int8AfterGelu, PanelInt8Linear):
+    """Int8AfterGelu by our own kernel."""
+
+
+def laid_out(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in) and (out,) -> (P, in, W) and (P * W,): P panels of W outputs, filled up with zeros."""
+    panels = torch.ops.minibert_panels.lay_out(weight)
+    return panels, _filled_up(bias, panels)
+
+
+def _filled_up(x: Tensor, panels: Tensor) -> Tensor:
+    """(out,) -> (P * W,), zeros behind what there is."""
+    missing = panels.shape[0] * panels.shape[2] - len(x)
+    return functional.pad(x, (0, missing)) if missing else x
+
+
+def load() -> str:
+    """Make the kernel known to torch, if it is compiled: why it is not to be had, or ""."""
+    with _lock:
+        known = hasattr(torch.ops.minibert_panels, "linear")  # from whatever directory
+        return _loaded() if known or _is_whole(_path()) else "it is not compiled"
+
+
+def make() -> str:
+    """The same, compiled if it is not; of several processes at once, one compiles."""
+    path = _path()
+    if not _is_whole(path):
+        if obstacle := compiler.compiler_obstacle():
+            return obstacle
+        logger.warning("compiling products for this CPU: about %d s, once; kept in %s", _SECONDS, directory())
+        try:
+            directory().mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                if not _is_whole(path):
+                    _compile(path)
+        except CannotCompileError as failure:
+            return str(failure)
+        except OSError as failure:
+            return f"{directory()} cannot be written to ({failure})"
+    return load()
+
+
+def record() -> None:
+    """Say what the kernel returns for tensors without numbers, as compiling a pass needs it."""
+
+    @torch.library.register_fake("minibert_panels::linear")
+    def _(x: Tensor, panels: Tensor, bias: Tensor, outputs: int) -> Tensor:
+        return bias.new_empty(x.shape[0], outputs)
+
+    @torch.library.register_fake("minibert_panels::linear_of_bytes")
+    def _(x: Tensor, panels: Tensor, offsets: Tensor, scales: Tensor, outputs: int) -> Tensor:
+        return scales.new_empty(x.shape[0], outputs)
+
+
+@cache
+def _loaded() -> str:
+    try:
+        torch.ops.load_library(_path())
+        panels, biases = laid_out(torch.ones(3, 2), torch.arange(3.0))
+        result = torch.ops.minibert_panels.linear(torch.ones(1, 2), panels, biases, 3)
+    except Exception as failure:  # whatever a library may do that was made for another torch
+        return f"it cannot be loaded ({type(failure).__name__}: {str(failure).splitlines()[0]:.120})"
+    return "" if result.tolist() == [[2.0, 3.0, 4.0]] else "it computes wrongly"
+
+
+@cache
+def _name() -> str:
+    return fingerprint("panels", hash_of(SOURCE, "panels.py"))
+
+
+def _path() -> Path:
+    return directory() / f"{_name()}.so"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there, and what was written: loading a broken one can end the process."""
+    try:
+        return path.with_suffix(".sha256").read_text("utf-8") == hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return False
+
+
+def _compile(path: Path) -> None:
+    chosen = next(name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name))
+    home = Path(torch.__file__).parent
+    places = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}", f"-L{home / 'lib'}"]
+    with tempfile.TemporaryDirectory(prefix="minibert-") as work:
+        library, source = Path(work, "panels.so"), Path(__file__).with_name(SOURCE)
+        command = [chosen, *_FLAGS, str(source), *places, "-ltorch_cpu", "-lc10", "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not library.exists():
+            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise CannotCompileError(f"the compiler failed: {last:.200}")
+        content = library.read_bytes()
+    write(path, content)
+    write(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest())
