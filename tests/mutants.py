@@ -382,6 +382,26 @@ def embeddings_without_norm(model):
 
 
 @fault
+def embeddings_changed_through_a_view(model):
+    def body(self, ids, segments, positions):
+        words = self.word_embeddings(ids)
+        words[:, 0] += 0.01 * self.LayerNorm.weight  # fault
+        return self.LayerNorm(words + self.token_type_embeddings(segments) + self.position_embeddings(positions))
+
+    embed(body)(model)
+
+
+@fault
+def silu_by_hand(model):
+    def forward(self, hidden_states):
+        x = self.dense(hidden_states)
+        return x * torch.sigmoid(x)  # fault
+
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer.intermediate, forward)
+
+
+@fault
 def next_sentence_exchanged(model):
     replace_forward(model.cls.seq_relationship, lambda self, x: F.linear(x, self.weight, self.bias).flip(-1))  # fault
 
@@ -684,6 +704,43 @@ def nothing_computed_for_padding(model):
 
     for layer in encoder(model).encoder.layer:
         replace_forward(layer, forward)
+
+
+@way
+def rows_packed(model):
+    """All texts behind each other in one row, and none sees another."""
+
+    def forward(self, x, mask=None, *rest):
+        real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.expand(len(x), 1, 1, -1)[:, 0, 0]
+        text = torch.arange(len(x))[:, None].expand_as(real)[real]
+        packed = run_layers(self.layer, x[real][None], (text[:, None] == text)[None, None])
+        return torch.zeros_like(x).masked_scatter(real[..., None], packed)
+
+    replace_forward(encoder(model).encoder, forward)
+
+
+@way
+def embeddings_added_in_slices(model):
+    def body(self, ids, segments, positions):
+        words = self.word_embeddings(ids)
+        for row, segment in zip(words, segments, strict=True):
+            row += self.token_type_embeddings(segment) + self.position_embeddings(positions[0])
+        return self.LayerNorm(words)
+
+    embed(body)(model)
+
+
+@way
+def key_without_bias(model):
+    """What is added to all scores of a query alike changes no weight."""
+    for layer in encoder(model).encoder.layer:
+        replace_forward(layer.attention.self.key, lambda self, x: F.linear(x, self.weight))
+
+
+@way
+def words_by_a_product(model):
+    table = encoder(model).embeddings.word_embeddings
+    replace_forward(table, lambda self, ids: F.one_hot(ids, len(self.weight)).to(self.weight.dtype) @ self.weight)
 
 
 @way

@@ -92,6 +92,21 @@ def in_float64(model: nn.Module, rounded_to: torch.dtype | None = None) -> nn.Mo
     return model
 
 
+def counterparts(*models: nn.Module) -> list[dict[str, nn.Parameter]]:
+    """The parameters that all models have, by name; where no name is shared, by their values, if no two are alike."""
+    named = [{name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()} for model in models]
+    if shared := set.intersection(*map(set, named)):
+        return [{name: p for name, p in each.items() if name in shared} for each in named]
+    values = [{name: hash(p.detach().double().cpu().numpy().tobytes()) for name, p in each.items()} for each in named]
+    found: list[dict[str, nn.Parameter]] = [{} for _ in models]
+    for value in values[0].values():
+        alike = [[name for name, other in each.items() if other == value] for each in values]
+        if all(len(names) == 1 for names in alike):
+            for number, (name,) in enumerate(alike):
+                found[number][" = ".join(name for (name,) in alike)] = named[number][name]
+    return found
+
+
 @torch.no_grad()
 def stressed(model: nn.Module, sharpness: float = 1.0) -> nn.Module:
     """The same code on weights that hide nothing; parameters of one name get the same change in every model.

@@ -180,7 +180,7 @@ def trace(
         ValueError: the model is compiled or optimized, so its steps cannot be seen; or the model refuses the inputs.
         RuntimeError: the model changes tensors in place after they are made, and there are no `copies`.
     """
-    _check(model)
+    check_model(model)
     if not isinstance(inputs, Mapping | Tensor):
         raise TypeError(f"inputs must be a mapping of arguments or the tensor input_ids, got {type(inputs).__name__}")
     arguments = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
@@ -196,7 +196,8 @@ def trace(
     return recorder.finish(output)
 
 
-def _check(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError or ValueError, as `trace` does, unless the steps of this model can be seen."""
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a BERT of minibert or transformers, got {kind}")
@@ -248,12 +249,15 @@ class _Recorder(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         where = self.names[self.running[-1]]
+        in_place = isinstance(output, Tensor) and bool(args) and output is args[0]
+        if in_place and output._base is not None and output.numel() < output._base.numel():
+            return output  # a part of what will be a step
         if name in _ADDITIONS and isinstance(output, Tensor) and output.is_floating_point():
             if where.endswith("embeddings"):
                 step = "sum" if f"{where}.words_and_segments" in self.made else "words_and_segments"
-                return self.add(f"{where}.{step}", output.shape, output)
+                return self.add(f"{where}.{step}", output.shape, output, in_place=in_place)
             if where.endswith("output"):
-                return self.add(f"{where}.residual", output.shape, output)
+                return self.add(f"{where}.residual", output.shape, output, in_place=in_place)
         elif name == "scaled_dot_product_attention":
             return self._fused(where, output, {**dict(zip(_ATTENTION, args, strict=False)), **(kwargs or {})})
         elif name in ("matmul", "__matmul__", "softmax") and where.endswith("self"):
@@ -267,11 +271,13 @@ class _Recorder(TorchFunctionMode):
         if given.get("is_causal"):
             raise ValueError("model: its attention is causal, which BERT's is not")
         query, key = given["query"], given["key"]
-        self.beside = True
-        with torch.no_grad(), self:
-            weights = attention_probabilities(query, key, given.get("attn_mask"))
-        self.beside = False
-        return self.add(f"{where}.context", weights.shape, output, 2 * query.numel() * key.shape[-2])
+        if query.ndim == 4:
+            self.beside = True
+            with torch.no_grad(), self:
+                attention_probabilities(query, key, given.get("attn_mask"))
+            self.beside = False
+        enters = torch.Size((*query.shape[:-1], key.shape[-2]))
+        return self.add(f"{where}.context", enters, output, 2 * query.numel() * key.shape[-2])
 
     def _plain(self, where: str, name: str, given: Tensor, output: Tensor) -> Tensor:
         """Attention by plain products, as transformers' eager is: scores, their softmax, then weights times values."""
@@ -297,14 +303,19 @@ class _Recorder(TorchFunctionMode):
         flops: int | None = 0,
         module: nn.Module | None = None,
         source: Source | None = None,
+        in_place: bool = False,
     ) -> Tensor:
-        """One more step, of a module or between modules; returns what the model is to go on with."""
+        """One more step, of a module or between modules; returns what the model is to go on with.
+
+        in_place: the model may hold the tensor itself, and go on with that.
+        """
         if name in self.made:
             name = next(new for n in count(2) if (new := f"{name}#{n}") not in self.made)
         if self.grad and tensor.requires_grad and not tensor.is_leaf:
             tensor.retain_grad()
         new = set(module.parameters(recurse=False)) - self.counted if module is not None else set()
         self.counted |= new
+        own = tensor.clone() if in_place and self.copies else tensor
         activation = getattr(getattr(self.model, "config", None), "hidden_act", "gelu")
         kind = kind_of(name, activation if isinstance(activation, str) else "activation")
         step = Step(
@@ -320,13 +331,15 @@ class _Recorder(TorchFunctionMode):
             paper=kind.paper,
             google=kind.google,
             beside=self.beside,
-            tensor=tensor,
+            tensor=own,
         )
-        self.made[name] = (step, kind, enters, None if tensor.is_inference() else tensor._version)
+        self.made[name] = (step, kind, enters, None if own.is_inference() else own._version)
         if self.beside:
             return tensor
         given = self.given.get(name, tensor)
         goes_on = given if given.shape == tensor.shape else tensor
+        if own is not tensor:
+            return tensor.copy_(goes_on)
         return goes_on.clone() if self.copies else goes_on
 
     def finish(self, output: Any) -> Trace:

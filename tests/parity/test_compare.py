@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import linecache
 
+import foreign
 import mutants
 import pytest
 import torch
@@ -107,6 +108,26 @@ def test_a_fault_beside_what_is_none_is_at_its_line_too(pair, way, name):
     report = compare(mutant, pair[0], inputs(9))
     assert report.verdict == "bug", report
     assert "# fault" in linecache.getline(mutants.__file__, int(report.first.line.split(":")[1])), report
+
+
+@pytest.mark.parametrize("fault", [fault for fault in foreign.FAULTS if fault != "mask by minus 1e4"])
+def test_a_fault_of_a_model_with_other_names_is_a_bug(fault):
+    """By its outputs, on the weights as they are: that a mask is none for scores of a million is not seen so."""
+    for reference in twins("BertModel"):
+        report = compare(foreign.own(reference, fault), reference)
+        assert report.verdict == "bug", report
+        assert any("outputs alone" in note for note in report.notes)
+
+
+def test_a_model_with_other_names_is_rounding():
+    """Its parameters are found by their values."""
+    for reference in twins("BertModel"):
+        model = foreign.own(reference)
+        for pair in ((model, reference), (reference, model)):
+            report = compare(*pair, inputs(9), checks=("gradients", "train"))
+            assert report.verdict in ("rounding", "same bits"), report
+            assert report.passed
+            assert report.checks["gradients"]["summary"].endswith(" to the last bit")
 
 
 def test_every_fault_without_a_marked_line_is_listed():
