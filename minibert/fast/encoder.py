@@ -20,7 +20,7 @@ GELUS = ("gelu", "gelu_new", "gelu_python", "gelu_accurate", "gelu_python_tanh",
 
 
 class Linear(Protocol):
-    """A linear layer of the fast path: onednn.PlainLinear, onednn.PrepackedLinear, quantize.Int8Linear."""
+    """A linear layer of the fast path: of onednn, quantize or panels."""
 
     copies: bool  # whether it lays the weight out anew, in memory of its own
     weight: Tensor

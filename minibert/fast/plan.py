@@ -127,7 +127,7 @@ class Speeds:
 
     def of(self, dtype: str) -> float:
         """Of the fastest kernels for a dtype."""
-        return max((speed for name, speed in self.measured.items() if name.split(" by ")[0] == dtype), default=0.0)
+        return max((speed for name, speed in self.measured.items() if _dtype_of(name) == dtype), default=0.0)
 
     @property
     def float32(self) -> float:
@@ -150,6 +150,11 @@ class Speeds:
             lines.append(f"{name} against oneDNN: {times}")
         lines += [f"{name}: oneDNN's GELU is slower than a pass of its own" for name in sorted(self.unfused)]
         return lines + [f"{name}: {obstacle}" for name, obstacle in self.obstacles.items()]
+
+
+def _dtype_of(name: str) -> str:
+    """What kernels of a name compute in, which is also the name of oneDNN's."""
+    return name.split(" by ")[0]
 
 
 def measure(names: list[str], D: int, F: int, attempt: int = 0) -> Speeds:
@@ -194,7 +199,7 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
             unfused.add(name)
     against = {}
     for name in (_PANELS, _FBGEMM, _BYTES_PANELS):
-        onednn = name.split(" by ")[0]
+        onednn = _dtype_of(name)
         if {name, onednn} <= seconds.keys():
             both = {each: kernels[each][0] for each in (onednn, name)}
             against[name] = {rows: _gain(both, D, F, rows) for rows in (_SHORT, _MANY)}
@@ -204,15 +209,15 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
 
 def _obstacle(name: str) -> str:
     """Why this build of torch or this CPU cannot compute in a dtype by oneDNN, or by other kernels, or ""."""
-    library, has = "oneDNN", torch.backends.mkldnn.is_available()
-    if name in (_PANELS, _BYTES_PANELS) and (obstacle := panels.load()):
-        return obstacle
-    if name == _PANELS:
-        return ""
-    if name == _FBGEMM:
-        library, has = "FBGEMM", "fbgemm" in torch.backends.quantized.supported_engines
-    if not has and name != _BYTES_PANELS:
-        return f"torch is built without {library}"
+    if name in (_PANELS, _BYTES_PANELS):
+        missing = panels.load()
+    elif name == _FBGEMM:
+        has = "fbgemm" in torch.backends.quantized.supported_engines
+        missing = "" if has else "torch is built without FBGEMM"
+    else:
+        missing = "" if torch.backends.mkldnn.is_available() else "torch is built without oneDNN"
+    if missing:
+        return missing
     try:  # these operations are torch's own affair, and may change or go with any version
         if name in ("bfloat16", "float16"):
             short = {"bfloat16": "bf16", "float16": "fp16"}[name]
@@ -272,11 +277,10 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
         return CpuPlan(wanted, _all(torch.float64, PlainLinear), receipts, compile)
     if compile is not False:
         for kernels in _compilable(wanted):
-            if kernels != _to_be_had(kernels):
-                continue
             shape = shape_of(model.base_model, kernels)
             package = None if isinstance(shape, str) else compiled.find(shape)
-            if package is not None:
+            # Our own kernels are loaded only where there is a pass to run them
+            if package is not None and kernels == _to_be_had(kernels):
                 return CpuPlan(wanted, kernels, package.measured, compile)
     others = {"auto": ["bfloat16"], "int8": ["int8", _FBGEMM, "bfloat16"], "float32": []}.get(wanted, [wanted])
     without_panels = ""
