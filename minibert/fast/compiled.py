@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,17 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from minibert.fast import compiler
-from minibert.fast.compiler import CannotCompileError, directory, fingerprint, hash_of
+from minibert.fast.compiler import directory, fingerprint, hash_of, once, run
 from minibert.fast.encoder import CpuEngine
 from minibert.fast.graph import Places, Shape, weights
 from minibert.fast.padding import Batch, pack_rows, rounded, up_to
 from minibert.weights.files import replacing, write
-
-logger = logging.getLogger("minibert")
 
 _RUNNERS = 2  # calls that may run at the same time
 _SLACK = 1 << 18  # products of a token with a token that padding may add to attention without a second thought
@@ -78,22 +72,8 @@ def make(shape: Shape, measured: tuple[str, ...] = ()) -> Package:
 
     Raises CannotCompileError: no compiler, one that fails, or a directory that cannot be written to.
     """
-    found = find(shape)
-    if found is not None:
-        return found
-    obstacle = compiler.compiler_obstacle()
-    if obstacle:
-        raise CannotCompileError(obstacle)
     what = f"{shape.layers} layers of {shape.hidden}"
-    logger.warning(
-        "compiling %s for this CPU: about %d s, once; kept in %s", what, expected_seconds(shape), directory()
-    )
-    try:
-        directory().mkdir(parents=True, exist_ok=True)
-        with FileLock(directory() / f"{key(shape)}.lock"):
-            return find(shape) or _compile(shape, measured)
-    except OSError as failure:
-        raise CannotCompileError(f"{directory()} cannot be written to ({failure})") from failure
+    return once(key(shape), what, expected_seconds(shape), lambda: find(shape), lambda: _compile(shape, measured))
 
 
 def _compile(shape: Shape, measured: tuple[str, ...]) -> Package:
@@ -104,14 +84,11 @@ def _compile(shape: Shape, measured: tuple[str, ...]) -> Package:
         # Temporary files of the compiler go with the directory; minibert is found where this one was found
         places = {"TORCHINDUCTOR_CACHE_DIR": str(Path(work, "inductor")), "TMPDIR": work}
         paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        done = subprocess.run(
+        content = run(
             [sys.executable, "-W", "ignore", "-m", "minibert.fast.compiling", str(request), str(package)],
-            env={**os.environ, **places, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode or not package.exists():
-            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise CannotCompileError(f"the compiler failed: {last:.200}")
-        content = package.read_bytes()
+            package,
+            {**os.environ, **places, "PYTHONPATH": paths},
+        )
     name, seconds = f"{key(shape)}.pt2", time.perf_counter() - began
     with replacing(directory() / name) as partial:
         partial.write_bytes(content)

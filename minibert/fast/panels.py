@@ -10,27 +10,20 @@ The library lies beside the compiled passes, under a name made of all that it de
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 import shutil
-import subprocess
 import tempfile
 import threading
 from functools import cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional
 
-from minibert.fast import compiler
-from minibert.fast.compiler import CannotCompileError, directory, fingerprint, hash_of
+from minibert.fast.compiler import CannotCompileError, compilers, directory, fingerprint, hash_of, once, run
 from minibert.fast.onednn import UnfusedLinear
 from minibert.fast.quantize import Int8AfterGelu, Int8Linear
 from minibert.weights.files import write
-
-logger = logging.getLogger("minibert")
 
 SOURCE = "panels.cpp"
 _SECONDS = 15  # that compiling takes on two cores, about
@@ -90,19 +83,10 @@ def load() -> str:
 def make() -> str:
     """The same, compiled if it is not; of several processes at once, one compiles."""
     path = _path()
-    if not _is_whole(path):
-        if obstacle := compiler.compiler_obstacle():
-            return obstacle
-        logger.warning("compiling products for this CPU: about %d s, once; kept in %s", _SECONDS, directory())
-        try:
-            directory().mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
-                if not _is_whole(path):
-                    _compile(path)
-        except CannotCompileError as failure:
-            return str(failure)
-        except OSError as failure:
-            return f"{directory()} cannot be written to ({failure})"
+    try:
+        once(path.stem, "products", _SECONDS, lambda: _is_whole(path), lambda: _compile(path))
+    except CannotCompileError as failure:
+        return str(failure)
     return load()
 
 
@@ -146,17 +130,12 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _compile(path: Path) -> None:
-    chosen = next(name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name))
-    home = Path(torch.__file__).parent
+def _compile(path: Path) -> bool:
+    chosen, home = next(filter(shutil.which, compilers())), Path(torch.__file__).parent
     places = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}", f"-L{home / 'lib'}"]
     with tempfile.TemporaryDirectory(prefix="minibert-") as work:
         library, source = Path(work, "panels.so"), Path(__file__).with_name(SOURCE)
-        command = [chosen, *_FLAGS, str(source), *places, "-ltorch_cpu", "-lc10", "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not library.exists():
-            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise CannotCompileError(f"the compiler failed: {last:.200}")
-        content = library.read_bytes()
+        content = run([chosen, *_FLAGS, str(source), *places, "-ltorch_cpu", "-lc10", "-o", str(library)], library)
     write(path, content)
     write(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest())
+    return True

@@ -64,7 +64,7 @@ def empty_cache(tmp_path, monkeypatch):
             file.write(b"no package")
         return SimpleNamespace(returncode=0, stderr="")
 
-    monkeypatch.setattr(compiled, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(compiler, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(compiler, "compiler_obstacle", lambda: "")
     for name in ("load", "make"):  # our own kernel is made by another compiler's run
         monkeypatch.setattr(panels, name, lambda: "not here")
@@ -314,7 +314,7 @@ def test_the_compiler_is_looked_for(monkeypatch):
 @needs_onednn
 def test_a_compiler_that_fails(empty_cache, monkeypatch):
     failed = SimpleNamespace(returncode=1, stderr="Traceback\nCppCompileError: no such header")
-    monkeypatch.setattr(compiled, "subprocess", SimpleNamespace(run=lambda command, **kwargs: failed))
+    monkeypatch.setattr(compiler, "subprocess", SimpleNamespace(run=lambda command, **kwargs: failed))
     fast = optimize(small(), compile=True)
     assert "the compiler failed: CppCompileError: no such header" in fast.explain()
     assert not list(compiler.directory().glob("*.pt2"))

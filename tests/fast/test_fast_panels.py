@@ -211,7 +211,7 @@ class TestTheLibrary:
 )
 def test_a_compiler_that_fails(tmp_path, monkeypatch, done, expected):
     monkeypatch.setenv("MINIBERT_CACHE", str(tmp_path))
-    monkeypatch.setattr(panels, "subprocess", SimpleNamespace(run=lambda *args, **kwargs: done))
+    monkeypatch.setattr(compiler, "subprocess", SimpleNamespace(run=lambda *args, **kwargs: done))
     assert expected in panels.make()
     assert not list(tmp_path.rglob("*.so"))
 
