@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import repeat
+from math import gcd
 from operator import attrgetter, contains, is_
 from typing import Any
 
@@ -172,18 +173,17 @@ class Held:
         self.attributes = [vars(module) for module in modules]
         self.settings = _Entries([(vars(m), name) for m in modules for name in SETTINGS.get(type(m), ())])
         self.hooks = [getattr(module, name) for module in modules for name in _HOOKS] + _GLOBAL_HOOKS
-        self.tables = [table for module in modules for table in (module._modules, module._parameters)]
+        tables = [table for module in modules for table in (module._modules, module._parameters)]
+        self.tables = [table for table in tables if table]
+        self.empty = [table for table in tables if not table]
         self.items = _Entries([(table, name) for table in self.tables for name in table])
         self.things = self.items.values()
         self.tensors = [thing for thing in self.things if isinstance(thing, Tensor)]
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]  # those keep no count
         self.state = self._state()
         # Where torch counts nothing, as of `.data` and numpy (PEFT merges adapters so), some numbers tell
-        self.samples = [sample for tensor in self.tensors if (sample := _sample(tensor)) is not None]
-        self.sampled = self._numbers()
-
-    def _numbers(self) -> bytes:
-        return np.concatenate(self.samples).tobytes() if self.samples else b""
+        self.samples = _Samples([tensor for tensor in self.tensors if _is_readable(tensor)])
+        self.sampled = self.samples.read()
 
     def _state(self) -> tuple[list, ...]:
         tensors = self.tensors
@@ -196,19 +196,20 @@ class Held:
 
     def change(self) -> str:
         """What has changed, or "". Of edits through `.data`, in place, those are seen that change most of a tensor."""
-        if sum(map(len, self.tables)) != len(self.things) or not all(map(is_, self.items.values(), self.things)):
+        same_size = sum(map(len, self.tables)) == len(self.things) and not any(self.empty)
+        if not same_size or not all(map(is_, self.items.values(), self.things)):
             return "a parameter or module was replaced"
         if self._state() != self.state:
             return "parameters were changed"
-        if not torch.compiler.is_compiling() and self._numbers() != self.sampled:
+        if not torch.compiler.is_compiling() and self.samples.read() != self.sampled:
             return "parameters were changed"
-        if not all(map(is_, map(type, self.modules), self.kinds)) or model.attention is not self.seam:
+        if list(map(type, self.modules)) != self.kinds or model.attention is not self.seam:
             return "a class was replaced"
         if any(self.hooks):
             return "a hook was registered"
         if any(map(contains, self.attributes, repeat("forward"))):
             return "a forward was replaced"
-        if any(kind.forward is not forward for kind, forward in self.classes.items()):
+        if not all(map(is_, map(attrgetter("forward"), self.classes), self.classes.values())):
             return "a class's forward was replaced"
         return ""
 
@@ -224,16 +225,37 @@ class _Entries:
         return list(map(dict.get, self.tables, self.names))
 
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _sample(tensor: Tensor) -> np.ndarray | None:
-    """A view of some four numbers of a plain tensor in the CPU's memory, as integers, since NaN differs from itself."""
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor of numbers in the CPU's memory."""
     is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
-    if not is_plain or tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.is_floating_point():
-        return None
-    bits = tensor.detach().view(-1).view(_BITS[tensor.element_size()])
-    return bits[:: max(1, len(bits) // 4)].numpy()
+    return is_plain and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.is_floating_point()
+
+
+class _Samples:
+    """Some four numbers of each tensor, read at once: an array for each tensor took four times as long.
+
+    They are read out of one array over all memory from the first tensor to the last, in units that all of them are
+    whole multiples of: so many steps are few, and a processor waits for several of them at the same time.
+    """
+
+    def __init__(self, tensors: list[Tensor]):
+        self.held = [tensor.detach().view(-1).view(torch.uint8).numpy() for tensor in tensors]  # keeps the memory
+        starts = [array.ctypes.data for array in self.held]
+        first = min(starts, default=0)
+        sizes = [tensor.element_size() for tensor in tensors]
+        unit = gcd(*sizes, *(start - first for start in starts)) or 1
+        places = [np.empty(0, np.int64)]
+        for tensor, start, size in zip(tensors, starts, sizes, strict=True):
+            numbers = np.arange(0, tensor.numel(), max(1, tensor.numel() // 4))[:, None] * size
+            places.append(((start - first + numbers + np.arange(0, size, unit)) // unit).ravel())
+        self.places = np.concatenate(places)
+        lowest = self.held[starts.index(first)] if starts else np.empty(0, np.uint8)
+        whole = np.lib.stride_tricks.as_strided(lowest, ((max(self.places, default=-1) + 1) * unit,), writeable=False)
+        self.memory = whole.view(f"u{unit}")
+
+    def read(self) -> bytes:
+        """Their bits, since NaN differs from itself."""
+        return self.memory.take(self.places).tobytes()
 
 
 __all__ = ["Held", "check_exact"]

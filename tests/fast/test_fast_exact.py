@@ -266,6 +266,24 @@ def test_edits_that_torch_does_not_count_are_noticed(dtype):
             fast(text())
 
 
+def test_such_edits_are_noticed_wherever_a_weight_lies():
+    """As in a file that was mapped into memory, where numbers may begin at any byte."""
+    model = make()
+    memory = torch.zeros(48 * 48 * 4 + 1, dtype=torch.uint8).numpy()
+    weight = torch.from_numpy(memory[1:].view("f4").reshape(48, 48))
+    assert weight.data_ptr() % 4 == 1
+    model.encoder.layer[2].attention.output.dense.weight = nn.Parameter(weight)
+    fast = optimize(model)
+    fast(text())
+    assert fast.is_current()
+    weight.numpy()[:] = 1
+    assert not fast.is_current()
+    weight.numpy()[:] = 0
+    assert fast.is_current()
+    model.embeddings.position_embeddings.weight.data[20:] += 1
+    assert not fast.is_current()
+
+
 def test_a_merged_adapter_is_noticed():
     """PEFT puts the layer back that was there before, with other numbers in the same memory."""
     import peft
@@ -542,7 +560,8 @@ def test_rows_of_ids():
     with torch.no_grad():
         expected = model(torch.tensor([rows[0]]), token_type_ids=torch.tensor([segments[0]])).last_hidden_state[0]
     close(fast.encode_rows(rows, segments)[0][:3], expected)
-    for bad in ([], [[]], [[1.5]], [["a"]], [[V]], [[-1]], [list(range(1, 40))], "abc", [1]):
+    for bad in ([], [[]], [[1.5]], [["a"]], [[V]], [[5], [-1]], [[True]], [[2**63]], [[[5]]], [list(range(1, 40))],
+                "abc", [1]):  # fmt: skip
         with pytest.raises(ValueError, match="rows"):
             fast.encode_rows(bad)
     with pytest.raises(ValueError, match="segments"):
