@@ -118,10 +118,10 @@ class OptimizedModel(nn.Module):
         """
         self.check_unchanged()
         batch = pack_rows(rows, segments)
-        self._check_ids(batch, segments is not None)
+        self._check_ids(rows, batch, segments is not None)
         if first_only:
             batch = replace(batch, picked=_first_tokens(batch.packing))
-        with torch.no_grad(), _without_autocast(self.device):
+        with _without_gradients(), _without_autocast(self.device):
             last = self.engine.encode(batch).last_MD
         return last.to(self.dtype), batch.packing.lengths
 
@@ -268,13 +268,14 @@ class OptimizedModel(nn.Module):
         labels = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in labels.items()}
         return output if isinstance(self.model, BertModel) else self.model.outputs(output, **labels)
 
-    def _check_ids(self, batch: Batch, with_segments: bool) -> None:
+    def _check_ids(self, rows: Sequence[Sequence[int]], batch: Batch, with_segments: bool) -> None:
         T = batch.packing.shape[1]
         if T > self.config.max_position_embeddings:
             raise ValueError(f"rows: one of {T} tokens, max_position_embeddings allows "
                              f"{self.config.max_position_embeddings}")  # fmt: skip
         N = batch.ids_3N.shape[1]
-        check_ids("rows", batch.ids_3N[0], [(N,)], self.config.vocab_size)
+        if min(map(min, rows)) < 0 or max(map(max, rows)) >= self.config.vocab_size:
+            check_ids("rows", batch.ids_3N[0], [(N,)], self.config.vocab_size)
         if with_segments:
             check_ids("segments", batch.ids_3N[1], [(N,)], self.config.type_vocab_size)
 
@@ -292,8 +293,13 @@ def _rebuilt(model: BertPreTrainedModel, plan: Plan) -> OptimizedModel:
     return plan.build(model)
 
 
+def _without_gradients() -> AbstractContextManager:
+    """Entering the context costs some microseconds, so only where they are on."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+
+
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """The dtype was chosen by `optimize`. Entering the context costs some microseconds, so only where one is on."""
+    """The dtype was chosen by `optimize`; entered only where autocast is on, as above."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, chain
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_tensor
@@ -41,7 +41,7 @@ class Packing:
     lengths: list[int]
     masks: dict[int, Tensor]
 
-    @cached_property
+    @property
     def tokens(self) -> int:
         """N."""
         return sum(self.lengths)
@@ -126,17 +126,18 @@ def pack_rows(rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] |
     """
     words = _flat("rows", rows)
     lengths = list(map(len, rows))
-    T, N = max(lengths), sum(lengths)
-    kinds = torch.zeros_like(words) if segments is None else _flat("segments", segments)
-    if segments is not None and list(map(len, segments)) != lengths:
-        raise ValueError("segments must be as long as rows, one number a token")
-    if len(rows) == 1:
-        return Batch(Packing((1, T), None, lengths, {}), torch.stack((words, kinds, torch.arange(N))))
-    sizes = torch.tensor(lengths)
-    keep = torch.arange(T)[None] < sizes[:, None]  # (B, T)
-    index = keep.flatten().nonzero().squeeze(1)
-    ids_3N = torch.stack((words, kinds, index % T))
-    return Batch(Packing((len(rows), T), None if N == T * len(rows) else index, lengths, {}), ids_3N)
+    B, T, N = len(rows), max(lengths), len(words)
+    ids_3N = np.zeros((3, N), np.int64)
+    ids_3N[0] = words
+    if segments is not None:
+        kinds = _flat("segments", segments)
+        if list(map(len, segments)) != lengths:
+            raise ValueError("segments must be as long as rows, one number a token")
+        ids_3N[1] = kinds
+    ids_3N[2] = list(chain.from_iterable(map(range, lengths)))
+    keep = None if N == B * T else np.arange(T) < np.array(lengths)[:, None]  # (B, T)
+    index = None if keep is None else torch.from_numpy(np.flatnonzero(keep))
+    return Batch(Packing((B, T), index, lengths, {}), torch.from_numpy(ids_3N))
 
 
 def rounded(tokens: int) -> int:
@@ -157,11 +158,11 @@ def up_to(count: int, x: Tensor, dim: int = 0) -> Tensor:
     return pad_tensor(x, (0, missing) if dim == -1 else (0, 0) * (x.ndim - 1) + (0, missing))
 
 
-def _flat(name: str, rows: Sequence[Sequence[int]]) -> Tensor:
+def _flat(name: str, rows: Sequence[Sequence[int]]) -> np.ndarray:
     """All ids in one row. What they are is asked of all at once, and one by one only where something is wrong."""
     try:
-        flat = torch.tensor(list(chain.from_iterable(rows)))
-        if len(rows) and flat.dtype == torch.long and all(map(len, rows)):
+        flat = np.array(list(chain.from_iterable(rows)))
+        if flat.ndim == 1 and flat.dtype == np.int64 and all(map(len, rows)):
             return flat
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
