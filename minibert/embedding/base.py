@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.checks import check_count, check_text
+from minibert.checks import check_choice, check_count, check_text
 from minibert.config import BertConfig
 from minibert.embedding import similarity
-from minibert.embedding.modules import Dense, Pooling
-from minibert.embedding.options import Options
+from minibert.embedding.modules import Dense, Pooling, normalized
+from minibert.embedding.options import OUTPUTS, Options
 from minibert.embedding.texts import Text, checked
 from minibert.embedding.tokens import prompt_tokens, tokenize
 from minibert.fast import optimize
@@ -223,6 +222,7 @@ class Encoder:
         batch_size: int | None = None,
         normalize: bool = False,
         truncate_dim: int | None = None,
+        output: str | None = "sentence_embedding",
     ) -> Options:
         """Arguments of `encode`, checked and looked up. Raises ValueError."""
         if batch_size is not None:
@@ -230,7 +230,8 @@ class Encoder:
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         if truncate_dim is not None:
             check_count("truncate_dim", truncate_dim)
-        return Options(self._prompt(prompt, prompt_name), batch_size, normalize, truncate_dim)
+        check_choice("output_value", output, OUTPUTS)
+        return Options(self._prompt(prompt, prompt_name), batch_size, normalize, truncate_dim, output)
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
         if prompt is not None:
@@ -270,34 +271,35 @@ class Encoder:
         """The older name of `preprocess`."""
         return self.preprocess(texts)
 
-    @torch.no_grad()
     def embed(self, texts: Sequence[Text], options: Options) -> tuple[Any, int]:
         """The vectors of texts that have been checked, (n, D), all at once; and how many texts were cut.
 
         For other outputs than vectors, a list: see `encode`.
         """
-        try:
-            return self._embed(texts, options)
-        except ChangedError:
-            self._optimize_again(self.model)
-            return self._embed(texts, options)  # all of them: no call's vectors are of two models
+        with torch.no_grad():
+            try:
+                return self._embed(texts, options)
+            except ChangedError:
+                self._optimize_again(self.model)
+                return self._embed(texts, options)  # all of them: no call's vectors are of two models
 
     def _embed(self, texts: Sequence[Text], options: Options) -> tuple[Any, int]:
         tokens = tokenize(self.tokenizer, texts, options.prompt, self.max_seq_length)
-        prompt_length = prompt_tokens(self.tokenizer, options.prompt) if options.prompt else 0
+        whole = options.output != "sentence_embedding"
+        counted = options.prompt and (whole or not self.pooling.include_prompt)
+        prompt_length = prompt_tokens(self.tokenizer, options.prompt) if counted else 0
         size = TOKENS_PER_BATCH["cpu" if self.device.type == "cpu" else "gpu"]
         items: list[Any] = [None] * len(texts)
         found: list[Tensor] = []
         order: list[int] = []
-        whole = options.output != "sentence_embedding"
-        for picked in batches([len(row) for row in tokens.ids], size, options.batch_size):
+        for picked in batches(list(map(len, tokens.ids)), size, options.batch_size):
             ids, types = [tokens.ids[i] for i in picked], [tokens.types[i] for i in picked]
             states, mask = self._states(ids, types, whole)
             vectors = self.after(self.pooling(states, mask, prompt_length))
             if options.truncate_dim is not None:
                 vectors = vectors[:, : options.truncate_dim]
             if not whole:
-                found.append(F.normalize(vectors, dim=-1) if options.normalize else vectors)
+                found.append(normalized(vectors) if options.normalize else vectors)
                 order.extend(picked)
                 continue
             for i, row, kinds, state, vector in zip(picked, ids, types, states, vectors, strict=True):
@@ -346,7 +348,7 @@ class Encoder:
         if first_only:
             return states[:, None], None  # (B, D) -> (B, 1, D)
         B, T = len(lengths), max(lengths)
-        if len(states) == B * T:  # no padding
+        if sum(lengths) == B * T:  # no padding
             return states.view(B, T, -1), None
         mask = torch.arange(T) < torch.tensor(lengths)[:, None]  # (B, T)
         padded = torch.nn.utils.rnn.pad_sequence(states.split(lengths), batch_first=True)  # (N, D) -> (B, T, D)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
@@ -16,7 +15,6 @@ from minibert.checks import check_choice, check_count
 from minibert.embedding import similarity
 from minibert.embedding.base import Encoder, check_prompts, fast_or_plain
 from minibert.embedding.options import (
-    OUTPUTS,
     AllOptions,
     AnyOptions,
     ConstructorOptions,
@@ -220,8 +218,8 @@ class SentenceEncoder(Encoder):
         given = further(more)
         texts, single = as_texts(named_texts(inputs, given.sentences, given.texts))
         precision, asked = check_precision(precision), form(given.convert_to, convert_to_numpy, convert_to_tensor)
-        options = self.options(prompt_name, prompt, batch_size, normalize_embeddings or given.normalize, truncate_dim)
-        options = replace(options, output=check_choice("output_value", output_value, OUTPUTS))
+        normalize = normalize_embeddings or given.normalize
+        options = self.options(prompt_name, prompt, batch_size, normalize, truncate_dim, output_value)
         where = self._processes(device, given.processes, pool)
         size = CHUNK_TEXTS if chunk_size is None else check_count("chunk_size", chunk_size)
         parts: list[Any] = []
@@ -343,8 +341,6 @@ class SentenceEncoder(Encoder):
         where: AbstractContextManager[Pool | None],
     ) -> Iterator[Any]:
         """What `embed` gives for each chunk of the texts, in order, with a progress bar."""
-        from tqdm import tqdm
-
         total = None
         if isinstance(texts, (list, tuple)):  # all there is, so that a wrong item is found before the work
             texts = [checked(text, f"texts[{number}]") for number, text in enumerate(texts)]
@@ -352,10 +348,14 @@ class SentenceEncoder(Encoder):
             total = len(texts)
         # A bar of a single chunk would not move before it is done, and to set it up takes a part of a short text's time
         disable = not show if show is not None or (total is not None and total <= size) else None
-        settings: dict[str, Any] = {"delay": 0 if show else 3, "disable": disable, "leave": bool(show)}
-        bar = None if disable else tqdm(total=total, desc="embed", unit="text", **settings)
+        bar = None
+        if not disable:
+            from tqdm import tqdm
+
+            settings: dict[str, Any] = {"delay": 0 if show else 3, "disable": disable, "leave": bool(show)}
+            bar = tqdm(total=total, desc="embed", unit="text", **settings)
         with where as pool, nullcontext() if bar is None else bar:
-            parts = chunks(texts, size)
+            parts = iter([texts]) if isinstance(texts, list) and total == 1 else chunks(texts, size)
             found = (self.embed(part, options) for part in parts) if pool is None else pool.embed(parts, options)
             for result, _ in found:
                 yield result

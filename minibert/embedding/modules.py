@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.weights import checkpoint, hub
@@ -93,15 +92,17 @@ class Pooling(nn.Module):
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None, prompt_length: int = 0) -> Tensor:
         """mask: 1 for tokens, 0 for padding, which is on the right; None: no padding. prompt_length counts [CLS]."""
         leaves_prompt = prompt_length > 0 and not self.include_prompt
-        exact = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))  # sums in half precision would drift
+        dtype = x_BTD.dtype
+        exact = x_BTD.float() if dtype in (torch.float16, torch.bfloat16) else x_BTD  # their sums would drift
         if mask_BT is None and not leaves_prompt and self.modes == ("mean",):  # the same bits as below, in two steps
-            return (exact.sum(1) / exact.shape[1]).to(x_BTD.dtype)
+            mean = exact.sum(1) / exact.shape[1]
+            return mean if mean.dtype == dtype else mean.to(dtype)
         if mask_BT is None:
             mask_BT = torch.ones(x_BTD.shape[:2], dtype=torch.long, device=x_BTD.device)
         if leaves_prompt:
             mask_BT = mask_BT.clone()
             mask_BT[:, :prompt_length] = 0
-        return torch.cat([MODES[mode](exact, mask_BT) for mode in self.modes], -1).to(x_BTD.dtype)
+        return torch.cat([MODES[mode](exact, mask_BT) for mode in self.modes], -1).to(dtype)
 
     def extra_repr(self) -> str:
         return ", ".join(self.modes) + ("" if self.include_prompt else ", without the prompt")
@@ -175,7 +176,12 @@ class Normalize(nn.Module):
         _write_config(folder, {})
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1)
+        return normalized(x)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """F.normalize(x, dim=-1), to the bit, in half as many steps: those take longer than the numbers of one vector."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:

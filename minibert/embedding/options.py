@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -93,11 +93,12 @@ class Further:
 
 def further(arguments: dict[str, Any]) -> Further:
     """Raises TypeError for an argument that `encode` does not have, ValueError for an unknown task."""
-    known = [field.name for field in fields(Further)]
     for name in arguments:
-        if name not in known:
-            raise TypeError(f"encode takes no argument {name!r}; by name alone it takes {', '.join(known)}")
-    check_choice("task", arguments.get("task"), (None, "query", "document"))
+        if name not in Further.__dataclass_fields__:
+            known = ", ".join(Further.__dataclass_fields__)
+            raise TypeError(f"encode takes no argument {name!r}; by name alone it takes {known}")
+    if "task" in arguments:
+        check_choice("task", arguments["task"], (None, "query", "document"))
     return Further(**arguments)
 
 
@@ -140,7 +141,7 @@ def in_form(vectors: Tensor, form: str, precision: str, device: torch.device, dt
 
 def as_array(vectors: Tensor) -> np.ndarray:
     """As float32, or as float64 if they are that."""
-    return vectors.to(torch.promote_types(vectors.dtype, torch.float32)).cpu().numpy()
+    return (vectors if vectors.dtype == torch.float64 else vectors.float()).cpu().numpy()
 
 
 def from_constructor(options: ConstructorOptions, where: dict[str, Any], dtype: Any) -> Any:

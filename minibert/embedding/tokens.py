@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minibert.embedding.texts import Text
+from minibert.text.request import Request
 from minibert.text.tokenizer import BertTokenizer
 
 
@@ -57,9 +58,11 @@ def _singles(tokenizer: BertTokenizer, texts: list[str], limit: int) -> tuple[li
     Of a very long text only a beginning is tokenized, if it holds enough. A word that is cut in two changes no more
     than its own tokens, and a word of many tokens is one [UNK].
     """
-    enough = limit + tokenizer.backend_tokenizer.model.max_input_chars_per_word + 28
     from_right = tokenizer.truncation_side == "left"
-    characters = max(map(len, texts), default=0) if from_right else 8 * enough
+    characters, enough = max(map(len, texts), default=0), limit
+    if characters > 8 * limit and not from_right:
+        enough += tokenizer.backend_tokenizer.model.max_input_chars_per_word + 28
+        characters = 8 * enough
     rows = _ids(tokenizer, [text[:characters] for text in texts])
     while again := [i for i, text in enumerate(texts) if len(rows[i]) < enough and len(text) > characters]:
         characters *= 4
@@ -75,4 +78,8 @@ def _singles(tokenizer: BertTokenizer, texts: list[str], limit: int) -> tuple[li
 def _ids(tokenizer: BertTokenizer, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    if type(tokenizer).__call__ is not BertTokenizer.__call__:
+        return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    # The same, without the rest of a call, which takes longer than to tokenize a short text
+    request = Request(tokenizer.backend_tokenizer, texts, True, False, tokenizer.split_special_tokens, None, False)
+    return [encoding.ids for encoding in request.encode(offsets=False)[0]]

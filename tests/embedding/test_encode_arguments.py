@@ -18,7 +18,7 @@ from reference import assert_as_exact, rounding
 from sentence_transformers.util import quantize_embeddings
 from sentence_transformers.util import semantic_search as reference_search
 
-from minibert import BertConfig, BertModel, SentenceEncoder, optimize, semantic_search
+from minibert import BertConfig, BertModel, BertTokenizer, SentenceEncoder, optimize, semantic_search
 from minibert.embedding import base
 from minibert.embedding.modules import MODES, Dense, Normalize, Pooling
 
@@ -393,6 +393,16 @@ def test_prompts_that_are_not_there(tiny):
 def test_a_prompt_and_its_name(tiny, caplog):
     assert np.array_equal(tiny.encode(TEXTS, prompt="x ", prompt_name="query"), tiny.encode(TEXTS, prompt="x "))
     assert "prompt and prompt_name are both given: 'query' is not used" in caplog.text
+
+
+def test_a_tokenizers_own_call_is_used(tiny, tiny_dir):
+    class Shouting(BertTokenizer):
+        def __call__(self, text, *args, **options):
+            return super().__call__([each.upper() for each in text], *args, **options)
+
+    own = SentenceEncoder(tiny.model, Shouting.from_pretrained(tiny_dir))
+    assert np.array_equal(own.encode("a wolf"), tiny.encode("A WOLF"))
+    assert not np.array_equal(own.encode("a wolf"), tiny.encode("a wolf"))
 
 
 def test_left_truncation_with_a_prompt_keeps_the_end(tiny_dir, peer, close):
