@@ -14,23 +14,24 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from minibert.fast.compiler import directory, fingerprint, hash_of, once, run
+from minibert.fast import panels
+from minibert.fast.compiler import CannotCompileError, directory, fingerprint, hash_of, once, run
 from minibert.fast.encoder import CpuEngine
-from minibert.fast.graph import Places, Shape, weights
+from minibert.fast.graph import Shape, weights
 from minibert.fast.padding import Batch, pack_rows, rounded, up_to
 from minibert.weights.files import replacing, write
 
 _RUNNERS = 2  # calls that may run at the same time
-_SLACK = 1 << 18  # products of a token with a token that padding may add to attention without a second thought
 _TOKENS = 4096  # at once: beyond, what a layer works on has long left the caches
-_SCORES = 1 << 24  # of attention at once, padding included
 # How far a compiled pass may be from the same operations one by one, in units of the largest value
 _ALLOWED = {"float32": 1e-4, "bfloat16": 0.06, "float16": 0.02, "int8": 0.2}
 _NOTES = 3  # their form
@@ -72,6 +73,8 @@ def make(shape: Shape, measured: tuple[str, ...] = ()) -> Package:
 
     Raises CannotCompileError: no compiler, one that fails, or a directory that cannot be written to.
     """
+    if obstacle := panels.make():
+        raise CannotCompileError(obstacle)
     what = f"{shape.layers} layers of {shape.hidden}"
     return once(key(shape), what, expected_seconds(shape), lambda: find(shape), lambda: _compile(shape, measured))
 
@@ -106,86 +109,55 @@ def _code() -> str:
 class CompiledPass:
     """Runs a package on an engine's weights, which it shares."""
 
-    def __init__(self, package: Package, engine: CpuEngine):
+    def __init__(self, package: Package, shape: Shape, engine: CpuEngine):
         self.loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(package.path), "model", False, _RUNNERS, -1)
+        self.takes_any_rows = shape.takes_any_rows
         self.weights = weights(engine)  # kept: the package itself keeps no more than where they lie
         self.loader.load_constants(self.weights, use_inactive=False, check_full_update=True, user_managed=True)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Last states, (N, D), or (M, D) of the picked tokens."""
-        plan = batch.packing
-        groups = split(plan.lengths)
+        lengths, picked = batch.packing.lengths, None if batch.picked is None else batch.picked.index
+        groups = split(lengths)
         if len(groups) == 1:
-            picked = None if batch.picked is None else batch.picked.index
-            return self._run(batch.ids_3N, plan.lengths, picked)
-        tokens = torch.arange(plan.tokens).split(plan.lengths)
-        last_ND: Tensor | None = None
-        for rows in groups:
-            index = torch.cat([tokens[row] for row in rows])
-            part = self._run(batch.ids_3N[:, index], [plan.lengths[row] for row in rows], None)
-            if last_ND is None:
-                last_ND = part.new_empty(plan.tokens, part.shape[1])
-            last_ND.index_copy_(0, index, part)
-        return last_ND if batch.picked is None else last_ND.index_select(0, batch.picked.index)
+            return self._run(batch.ids_3N, lengths, picked)
+        ids = batch.ids_3N.split([sum(group) for group in groups], 1)
+        last_ND = torch.cat([self._run(*part, None) for part in zip(ids, groups, strict=True)])
+        return last_ND if picked is None else last_ND.index_select(0, picked)
 
     def _run(self, ids_3N: Tensor, lengths: list[int], picked: Tensor | None) -> Tensor:
         N = ids_3N.shape[1]
-        alone = len(lengths) == 1 and picked is None
-        layout = _layout_of_one(N) if alone else _layout(lengths, picked)
-        # What is added is one token more, of id 0, that no other sees
-        inputs = [up_to(rounded(N), ids_3N, -1), *layout]
-        # A copy of the list: tensors that the pass is the last to hold are freed within it, which lets go of Python's
+        M = N if picked is None else len(picked)
+        rows, wanted = (N, max(1, M)) if self.takes_any_rows else (rounded(N), rounded(M))
+        picked = torch.arange(M) if picked is None else picked
+        if wanted > M:  # the last one once more; rows that are added below are tokens of no text
+            picked = functional.pad(picked, (0, wanted - M), value=int(picked[-1]) if M else 0)
+        starts = torch.tensor([0, *accumulate(lengths)])
+        # A list of its own: tensors that the pass is the last to hold are freed within it, which lets go of Python's
         # lock; the next thread would take it and wait for a runner, for ever
-        return self.loader.boxed_run(list(inputs))[0][: N if picked is None else len(picked)]
-
-
-def _layout(lengths: list[int], picked: Tensor | None) -> tuple[Tensor, ...]:
-    """All that a pass takes beside the ids: source, mask, row and column of Places, and the picked tokens.
-
-    Rows are rounded up; those added are the first token once more.
-    """
-    places, N = Places.of(lengths), sum(lengths)
-    picked = torch.arange(N) if picked is None else picked
-    row, column = (up_to(rounded(N), x) for x in (places.row, places.column))
-    return places.source, places.mask, row, column, up_to(rounded(len(picked)), picked)
-
-
-@lru_cache(maxsize=64)
-def _layout_of_one(tokens: int) -> tuple[Tensor, ...]:
-    """The same for a single text, kept: most calls are one short text, and each tensor made is a part of their time."""
-    with torch.device("cpu"):  # whatever the default is at the first such call
-        return _layout([tokens], None)
+        inputs = [up_to(rows, ids_3N, -1).contiguous(), starts, picked]
+        return self.loader.boxed_run(list(inputs))[0][:M]
 
 
 def split(lengths: list[int]) -> list[list[int]]:
-    """Rows that are computed together, by number: attention pads them to the longest, which must not cost much."""
-    order = range(len(lengths))
-    if len(lengths) > 1 and not _fits(len(lengths), max(lengths), sum(lengths), sum(n * n for n in lengths)):
-        order = sorted(order, key=lengths.__getitem__, reverse=True)
-    else:
-        return [list(order)]
+    """Lengths of texts that are computed together."""
     groups: list[list[int]] = []
-    tokens = squares = 0
-    for row in order:
-        length = lengths[row]
-        tokens, squares = tokens + length, squares + length * length
-        if groups and _fits(len(groups[-1]) + 1, lengths[groups[-1][0]], tokens, squares):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-            tokens, squares = length, length * length
+    tokens = _TOKENS
+    for length in lengths:
+        tokens += length
+        if tokens > _TOKENS:
+            groups.append([])
+            tokens = length
+        groups[-1].append(length)
     return groups
 
 
-def _fits(rows: int, longest: int, tokens: int, squares: int) -> bool:
-    padded = rows * longest * longest
-    return padded <= 1.5 * squares + _SLACK and tokens <= _TOKENS and padded <= _SCORES
-
-
-def attach(engine: CpuEngine, package: Package, dtype: str) -> str:
+def attach(engine: CpuEngine, package: Package, shape: Shape, dtype: str) -> str:
     """Give an engine its compiled pass; returns why not, or ""."""
+    if obstacle := panels.load():
+        return f"its kernels are not here: {obstacle}"
     try:
-        compiled = CompiledPass(package, engine)
+        compiled = CompiledPass(package, shape, engine)
         generator = torch.Generator().manual_seed(0)
         rows = [torch.randint(engine.embeddings.word_embeddings.num_embeddings, (n,), generator=generator).tolist()
                 for n in (13, 3)]  # fmt: skip

@@ -14,7 +14,7 @@ from torch._inductor.fx_passes import mkldnn_fusion
 from torch.export import Dim, export
 
 from minibert.fast import panels
-from minibert.fast.graph import Pass, Places, Shape
+from minibert.fast.graph import Pass, Shape
 
 # Weights stay outside; threads are those of whoever calls, not of who compiled
 OPTIONS = {
@@ -27,17 +27,14 @@ OPTIONS = {
 
 def compile_pass(shape: Shape, package: Path) -> None:
     """Write the package for a shape. Raises whatever torch or the compiler raise."""
-    N, B, T, M = (Dim(name, min=least, max=1 << 20) for name, least in (("N", 1), ("B", 1), ("T", 2), ("M", 1)))
-    places = Places.of([13, 5, 3])
-    ids, picked = torch.zeros(3, 21, dtype=torch.long), torch.zeros(5, dtype=torch.long)
-    example = (ids, places.source, places.mask, places.row, places.column, picked)
-    dynamic = ({1: N}, {0: B, 1: T}, {0: B, 1: T}, {0: N}, {0: N}, {0: M})
+    N, B, M = (Dim(name, min=1, max=1 << 20) for name in ("N", "B", "M"))
+    example = (torch.zeros(3, 21, dtype=torch.long), torch.tensor([0, 13, 18, 21]), torch.tensor([0, 3, 4, 13, 18]))
+    dynamic = ({1: N}, {0: B + 1}, {0: M})
     if not shape.fuses:  # nor may the compiler join what is apart
         mkldnn_fusion._mkldnn_fusion_init = lambda: None
-    if shape.has_panels:
-        if obstacle := panels.load():
-            raise RuntimeError(obstacle)
-        panels.record()
+    if obstacle := panels.load():
+        raise RuntimeError(obstacle)
+    panels.record()
     with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
         program = export(Pass(shape).eval(), example, dynamic_shapes=dynamic)
         torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=OPTIONS)

@@ -1,9 +1,8 @@
 """BERT's whole pass over packed tokens as one module, to be compiled ahead of time: no Python between operations.
 
-One graph serves any number of tokens, of texts, and any lengths. Products, norms and activations run on the N packed
-tokens; only attention sees padding: queries, keys and values are spread over (B, T), and the context is gathered back.
-Weights are not part of what is compiled: they are handed in, laid out for oneDNN, so that all models of one shape share
-one compiled pass.
+One graph serves any number of tokens, of texts, and any lengths: all of it runs on the N packed tokens, nothing sees
+padding. Weights are not part of what is compiled: they are handed in, laid out for their products, so that all models
+of one shape share one compiled pass.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.nn import functional
 from minibert.activations import ACTIVATIONS
 from minibert.fast.encoder import GELUS, CpuEngine, Kernels, Linear
 from minibert.fast.onednn import POST_OPS, PrepackedLinear, UnfusedLinear
-from minibert.fast.panels import PanelInt8AfterGelu, PanelInt8Linear, PanelLinear, laid_out
+from minibert.fast.panels import PanelInt8AfterGelu, PanelInt8Linear, PanelLinear, is_gelu, laid_out
 from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
 from minibert.model import BertModel
 
@@ -43,7 +42,6 @@ class Shape:
     epsilons: tuple[float, float]
     table_dtype: str
     dtype: str
-    attention: str
     linear: str
     careful: str
     after_gelu: str
@@ -54,10 +52,9 @@ class Shape:
         return self.linear != UnfusedLinear.__name__
 
     @property
-    def has_panels(self) -> bool:
-        """Whether products of our own are among them."""
-        kinds = (KINDS[name] for name in (self.linear, self.careful))
-        return any(issubclass(kind, (PanelLinear, PanelInt8Linear)) for kind in kinds)
+    def takes_any_rows(self) -> bool:
+        """Whether none of its products is oneDNN's, for whose sake rows are rounded up."""
+        return all(issubclass(KINDS[name], (PanelLinear, PanelInt8Linear)) for name in (self.linear, self.careful))
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -103,7 +100,6 @@ def shape_of(model: BertModel, kernels: Kernels) -> Shape | str:
         epsilons=(tables.LayerNorm.eps, eps),
         table_dtype=name(tables.word_embeddings.weight.dtype),
         dtype=name(kernels.dtype),
-        attention=name(kernels.attention),
         linear=kinds[0],
         careful=kinds[1],
         after_gelu=kinds[2] if activation in GELUS else kinds[0],
@@ -141,7 +137,9 @@ class PanelProduct(Product):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs) -> (N, outputs)."""
-        return self.activated(torch.ops.minibert_panels.linear.default(x, self.weight, self.bias, self.outputs))
+        gelu = is_gelu(self.activation)
+        y = torch.ops.minibert_panels.linear.default(x, self.weight, self.bias, self.outputs, gelu)
+        return y if gelu else self.activated(y)
 
 
 class BytesProduct(Product):
@@ -222,7 +220,7 @@ class Layer(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         dtype, D = getattr(torch, shape.dtype), shape.hidden
-        self.heads, self.attention_dtype = shape.heads, getattr(torch, shape.attention)
+        self.heads = shape.heads
         if shape.linear == shape.careful:
             self.inputs = nn.ModuleList([product(shape.linear, D, 3 * D, dtype)])
         else:
@@ -233,61 +231,17 @@ class Layer(nn.Module):
         self.down = product(shape.after_gelu, shape.feed_forward, D, dtype)
         self.norm = Norm(D, shape.epsilons[1], dtype)
 
-    def forward(self, x_ND: Tensor, places: Places, picked: Tensor | None) -> Tensor:
+    def forward(self, x_ND: Tensor, starts: Tensor, picked: Tensor | None) -> Tensor:
         """(N, D) -> (N, D), or (M, D) for the M picked tokens."""
-        N, D = x_ND.shape
-        parts = [part.to(self.attention_dtype).view(N, -1, D) for part in (linear(x_ND) for linear in self.inputs)]
-        query, key, value = (part[:, i] for part in parts for i in range(part.shape[1]))
-        context = self.attend(*(x.view(N, self.heads, -1) for x in (query, key, value)), places, picked)
+        D = x_ND.shape[1]
+        parts = [linear(x_ND).float() for linear in self.inputs]
+        query, key, value = (part[:, i : i + D] for part in parts for i in range(0, part.shape[1], D))
         if picked is not None:
-            x_ND = x_ND.index_select(0, picked)
+            x_ND, query = x_ND.index_select(0, picked), query.index_select(0, picked)
+        # The query's weights hold the scale
+        context = torch.ops.minibert_panels.attention.default(query, key, value, starts, picked, self.heads)
         y_MD = self.attention_norm(self.projection(context.to(x_ND.dtype)) + x_ND)
         return self.norm(self.down(self.up(y_MD)) + y_MD).to(x_ND.dtype)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, places: Places, picked: Tensor | None) -> Tensor:
-        """(N, H, K) each -> (M, D). The query's weights hold the scale."""
-        _, H, K = query.shape
-        B, T = places.source.shape
-        query, key, value = (
-            x[places.source].transpose(1, 2).reshape(B * H, T, K) for x in (query, key, value)
-        )  # (N, H, K) -> (B, T, H, K) -> (B * H, T, K)
-        scores = torch.bmm(query, key.transpose(1, 2)).view(B, H, T, T) + places.mask[:, None, None].to(query.dtype)
-        probabilities = torch.softmax(scores, -1).to(value.dtype).view(B * H, T, T)
-        context = torch.bmm(probabilities, value).view(B, H, T, K)
-        row, column = places.row, places.column
-        if picked is not None:
-            row, column = row.index_select(0, picked), column.index_select(0, picked)
-        return context[row, :, column].reshape(-1, H * K)  # (B, H, T, K) -> (M, H, K) -> (M, D)
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where tokens lie. source (B, T): each place's token among the N (any, at padding); mask (B, T), float32: 0 at
-    places that hold one, else -inf; row and column (N,): each token's place.
-
-    They are made outside of the graph: whole numbers within a loop keep the compiler from vector instructions.
-    """
-
-    source: Tensor
-    mask: Tensor
-    row: Tensor
-    column: Tensor
-
-    @classmethod
-    def of(cls, lengths: list[int]) -> Places:
-        """Texts one after another. T is 2 at least, since the graph is for no single one."""
-        N, B, T = sum(lengths), len(lengths), max(2, *lengths)
-        if N == B * T:
-            source = torch.arange(N)
-            if B == 1:
-                return cls(source[None], torch.zeros(1, T), torch.zeros_like(source), source)
-            row = torch.div(source, T, rounding_mode="floor")
-            return cls(source.view(B, T), torch.zeros(B, T), row, source - row * T)
-        sizes, columns = torch.tensor(lengths)[:, None], torch.arange(T)
-        keep = columns < sizes  # (B, T)
-        row, column = keep.nonzero(as_tuple=True)
-        source = (sizes.cumsum(0) - sizes + columns).clamp_(max=N - 1)
-        return cls(source, torch.zeros(B, T).masked_fill_(~keep, -torch.inf), row, column)
 
 
 class Pass(nn.Module):
@@ -302,18 +256,15 @@ class Pass(nn.Module):
         self.norm = Norm(shape.hidden, shape.epsilons[0], tables)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
 
-    def forward(
-        self, ids_3N: Tensor, source_BT: Tensor, mask_BT: Tensor, row_N: Tensor, column_N: Tensor, picked_M: Tensor
-    ) -> Tensor:
-        """ids_3N: word, segment and position; then the parts of Places; picked_M: the tokens whose last state is
-        wanted. Returns (M, D).
+    def forward(self, ids_3N: Tensor, starts: Tensor, picked_M: Tensor) -> Tensor:
+        """ids_3N: word, segment and position; starts: (B + 1,), where each text begins and the last one ends; picked_M:
+        the tokens whose last state is wanted, in ascending order. Returns (M, D).
         """
-        places = Places(source_BT, mask_BT, row_N, column_N)
         x_ND = functional.embedding(ids_3N[0], self.words) + functional.embedding(ids_3N[1], self.segments)
         x_ND = self.norm(x_ND + functional.embedding(ids_3N[2], self.positions)).to(self.dtype)
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            x_ND = layer(x_ND, places, picked_M if number == last else None)
+            x_ND = layer(x_ND, starts, picked_M if number == last else None)
         return x_ND
 
 

@@ -1,19 +1,24 @@
-// Linear layers in float32 and in bytes with weights in panels: see panels.py.
+// Linear layers in float32 and in bytes with weights in panels, and attention over packed texts: see panels.py.
 //
 // A panel holds two vectors' worth of outputs: for each input, their weights side by side. A tile of y, some rows by one
 // panel, stays in registers while the inputs are gone through: each weight that is loaded serves all of the rows.
 // Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication", section 4.
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <utility>
+#include <vector>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -87,12 +92,18 @@ constexpr auto tiles(std::integer_sequence<int64_t, R...>) {
 }
 constexpr auto TILES = tiles(std::make_integer_sequence<int64_t, ROWS>());
 
+using Floats = at::vec::Vectorized<float>;
+
+// As torch's own
+Floats gelu(Floats x) { return x * Floats(0.5f) * (Floats(1.0f) + (x * Floats(0.7071067811865475f)).erf()); }
+
 struct Product {
   const float *x, *panels, *bias;
   float* y;
   int64_t inputs, outputs;
+  bool then_gelu;
 
-  // y = x W^T + b for the rows and panels from .. to
+  // y = x W^T + b for the rows and panels from .. to, or its GELU
   void compute(int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) const {
     const int64_t rows = row_end - row, blocks = (rows + ROWS - 1) / ROWS, pieces = (inputs + INPUTS - 1) / INPUTS;
     for (int64_t piece = 0; piece < pieces; piece++) {
@@ -109,7 +120,7 @@ struct Product {
     }
   }
 
-  // What the inputs from .. to add to one tile, or at the first of them, to its bias
+  // What the inputs from .. to add to one tile, or at the first of them, to its bias; after the last, its GELU
   void compute_tile(int64_t row, int64_t rows, int64_t panel, int64_t start, int64_t end, const float* next,
                     int64_t step) const {
     const float *from = x + row * inputs + start, *weights = panels + (panel * inputs + start) * WIDTH;
@@ -119,29 +130,118 @@ struct Product {
     const auto tile = TILES[rows - 1];
     if (width == WIDTH) {
       tile(from, inputs, weights, end - start, start ? to : biases, start ? outputs : 0, to, outputs, next, step);
-      return;
+    } else {
+      float whole[ROWS * WIDTH] = {};  // the last panel is wider than what is left of y
+      for (int64_t r = 0; start && r < rows; r++) std::copy_n(to + r * outputs, width, whole + r * WIDTH);
+      tile(from, inputs, weights, end - start, start ? whole : biases, start ? WIDTH : 0, whole, WIDTH, next, step);
+      for (int64_t r = 0; r < rows; r++) std::copy_n(whole + r * WIDTH, width, to + r * outputs);
     }
-    float whole[ROWS * WIDTH] = {};  // the last panel is wider than what is left of y
-    for (int64_t r = 0; start && r < rows; r++) std::copy_n(to + r * outputs, width, whole + r * WIDTH);
-    tile(from, inputs, weights, end - start, start ? whole : biases, start ? WIDTH : 0, whole, WIDTH, next, step);
-    for (int64_t r = 0; r < rows; r++) std::copy_n(whole + r * WIDTH, width, to + r * outputs);
+    for (int64_t r = 0; then_gelu && end == inputs && r < rows; r++)
+      at::vec::map(gelu, to + r * outputs, to + r * outputs, width);
   }
 };
 
 // (N, inputs), panels of `lay_out`, their biases -> (N, outputs)
-at::Tensor linear(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, int64_t outputs) {
+at::Tensor linear(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, int64_t outputs, bool gelu) {
   const at::Tensor input = x.contiguous();
   const int64_t rows = input.size(0), inputs = input.size(1), count = panels.size(0);
   TORCH_CHECK(panels.size(1) == inputs && bias.size(0) == count * WIDTH && outputs <= count * WIDTH,
               "x and panels do not fit");
   at::Tensor y = at::empty({rows, outputs}, input.options());
   const Product product{input.const_data_ptr<float>(), panels.const_data_ptr<float>(), bias.const_data_ptr<float>(),
-                        y.mutable_data_ptr<float>(), inputs, outputs};
+                        y.mutable_data_ptr<float>(), inputs, outputs, gelu};
   in_parallel(rows, count, [&](auto... part) { product.compute(part...); });
   return y;
 }
 
 at::Tensor lay_out(const at::Tensor& weight) { return in_panels(weight, WIDTH, 1).squeeze(-1); }
+
+// Rows of a matrix: `stride` numbers from one to the next
+struct Rows {
+  const float* first;
+  int64_t stride;
+
+  const float* operator[](int64_t row) const { return first + row * stride; }
+};
+
+// (R, L) scores, `wide` apart -> softmax of each row, zeros from L to `wide`
+void softmax(float* scores, int64_t rows, int64_t L, int64_t wide) {
+  for (float* row = scores; row < scores + rows * wide; row += wide) {
+    std::fill(row + L, row + wide, -std::numeric_limits<float>::infinity());
+    const float largest = at::vec::reduce_all([](Floats a, Floats b) { return at::vec::maximum(a, b); }, row, wide);
+    at::vec::map([=](Floats x) { return (x - Floats(largest)).exp(); }, row, row, wide);
+    const float sum = at::vec::reduce_all([](Floats a, Floats b) { return a + b; }, row, wide);
+    at::vec::map([=](Floats x) { return x / Floats(sum); }, row, row, wide);
+  }
+}
+
+// One head on one text: query (M, K), key and value (L, K) -> y (M, K), whose rows are y_stride apart. A few rows of
+// scores at a time, by keys in panels and values in panels.
+void attend(Rows query, int64_t M, Rows key, Rows value, int64_t L, int64_t K, float* y, int64_t y_stride) {
+  static constexpr float ZEROS[WIDTH] = {};
+  const int64_t columns = (L + WIDTH - 1) / WIDTH, wide = columns * WIDTH, parts = (K + WIDTH - 1) / WIDTH;
+  thread_local std::vector<float> memory;
+  memory.resize(wide * K + parts * L * WIDTH + ROWS * (wide + WIDTH));
+  float *keys = memory.data(), *values = keys + wide * K, *scores = values + parts * L * WIDTH;
+  float* context = scores + ROWS * wide;
+  for (int64_t p = 0; p < columns; p++)  // (columns, K, WIDTH), behind the last key that key again
+    for (int64_t w = 0; w < WIDTH; w++) {
+      const float* from = key[std::min(p * WIDTH + w, L - 1)];
+      for (int64_t k = 0; k < K; k++) keys[(p * K + k) * WIDTH + w] = from[k];
+    }
+  for (int64_t p = 0; p < parts; p++)  // (parts, L, WIDTH), what is behind the last value is not looked at
+    for (int64_t l = 0; l < L; l++)
+      std::copy_n(value[l] + p * WIDTH, std::min(WIDTH, K - p * WIDTH), values + (p * L + l) * WIDTH);
+  for (int64_t row = 0; row < M; row += ROWS) {
+    const int64_t rows = std::min(ROWS, M - row);
+    const auto tile = TILES[rows - 1];
+    for (int64_t p = 0; p < columns; p++)
+      tile(query[row], query.stride, keys + p * K * WIDTH, K, ZEROS, 0, scores + p * WIDTH, wide, keys, 0);
+    softmax(scores, rows, L, wide);
+    for (int64_t p = 0; p < parts; p++) {
+      tile(scores, wide, values + p * L * WIDTH, L, ZEROS, 0, context, WIDTH, values, 0);
+      for (int64_t r = 0; r < rows; r++)
+        std::copy_n(context + r * WIDTH, std::min(WIDTH, K - p * WIDTH), y + (row + r) * y_stride + p * WIDTH);
+    }
+  }
+}
+
+Rows rows_of(const at::Tensor& x) {
+  TORCH_CHECK(x.stride(1) == 1, "rows are not in one piece");
+  return {x.const_data_ptr<float>(), x.stride(0)};
+}
+
+// Queries of M of the N tokens, at `places` (ascending; none: of all), keys and values of all of them, (N, D); starts:
+// (B + 1,), where each of B texts begins and the last one ends -> (M, D), zeros behind the last text
+at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& starts,
+                     const std::optional<at::Tensor>& places, int64_t heads) {
+  const int64_t M = query.size(0), N = key.size(0), D = query.size(1), K = D / heads, texts = starts.size(0) - 1;
+  const Rows queries = rows_of(query), keys = rows_of(key), values = rows_of(value);
+  const int64_t *start = starts.const_data_ptr<int64_t>(), *place = places ? places->const_data_ptr<int64_t>() : nullptr;
+  TORCH_CHECK(key.size(1) == D && value.sizes() == key.sizes() && K * heads == D, "query, key and value do not fit");
+  TORCH_CHECK(texts > 0 && start[0] == 0 && std::is_sorted(start, start + texts + 1) && start[texts] <= N,
+              "starts do not fit");
+  TORCH_CHECK(places ? places->size(0) == M && std::is_sorted(place, place + M) : M == N, "places do not fit");
+  TORCH_CHECK(!place || M == 0 || (place[0] >= 0 && place[M - 1] < N), "places do not fit");
+  const auto first = [=](int64_t text) {  // of a text's queries
+    return place ? std::lower_bound(place, place + M, start[text]) - place : start[text];
+  };
+  at::Tensor y = at::empty({M, D}, query.options());
+  float* to = y.mutable_data_ptr<float>();
+  std::fill(to + first(texts) * D, to + M * D, 0.0f);
+  const int64_t threads = at::get_num_threads(), parts = std::max<int64_t>(1, 2 * threads / (texts * heads));
+  std::atomic<int64_t> next = 0;  // texts differ in length: whoever is done takes another
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next++) < texts * heads * parts;) {
+      const int64_t text = task / (heads * parts), head = task / parts % heads, part = task % parts;
+      const int64_t begin = first(text), count = first(text + 1) - begin, from = begin + count * part / parts;
+      const int64_t many = begin + count * (part + 1) / parts - from, at = start[text], L = start[text + 1] - at;
+      attend({queries[from] + head * K, queries.stride}, many, {keys[at] + head * K, keys.stride},
+             {values[at] + head * K, values.stride}, L, K, to + from * D + head * K, D);
+    }
+  });
+  return y;
+}
 
 #ifdef __AVX2__
 
@@ -237,8 +337,9 @@ at::Tensor lay_out_bytes(const at::Tensor& weight) { return in_panels(weight, BY
 }  // namespace
 
 TORCH_LIBRARY(minibert_panels, library) {
-  library.def("linear(Tensor x, Tensor panels, Tensor bias, int outputs) -> Tensor");
+  library.def("linear(Tensor x, Tensor panels, Tensor bias, int outputs, bool gelu) -> Tensor");
   library.def("lay_out(Tensor weight) -> Tensor");
+  library.def("attention(Tensor query, Tensor key, Tensor value, Tensor starts, Tensor? places, int heads) -> Tensor");
   library.def("linear_of_bytes(Tensor x, Tensor panels, Tensor offsets, Tensor scales, int outputs) -> Tensor");
   library.def("lay_out_bytes(Tensor weight) -> Tensor");
 }
@@ -246,6 +347,7 @@ TORCH_LIBRARY(minibert_panels, library) {
 TORCH_LIBRARY_IMPL(minibert_panels, CPU, library) {
   library.impl("linear", linear);
   library.impl("lay_out", lay_out);
+  library.impl("attention", attention);
 #ifdef __AVX2__
   library.impl("linear_of_bytes", linear_of_bytes);
   library.impl("lay_out_bytes", lay_out_bytes);

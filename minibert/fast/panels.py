@@ -1,8 +1,9 @@
-"""Linear layers in float32 and in bytes by kernels of our own, panels.cpp, which is compiled for this CPU.
+"""Linear layers in float32 and in bytes, and attention, by kernels of our own, panels.cpp, compiled for this CPU.
 
 For a short text a product is as fast as its weights come from memory. oneDNN and MKL, whose kernels are made for many
 rows, read them at 8 to 11 GB/s where memory gives 20 and more (12 to 16 rows, two cores of a Zen 3); and for bytes
-oneDNN has no kernels below VNNI that are fast on few rows.
+oneDNN has no kernels below VNNI that are fast on few rows. Attention over packed texts is one operation: with torch's,
+queries, keys and values are spread over a padded batch and gathered back, a dozen passes over memory.
 
 The library lies beside the compiled passes, under a name made of all that it depends on, and is made where a pass is.
 """
@@ -17,11 +18,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from minibert.fast.compiler import CannotCompileError, compilers, directory, fingerprint, hash_of, once, run
-from minibert.fast.onednn import UnfusedLinear
+from minibert.fast.onednn import POST_OPS, UnfusedLinear
 from minibert.fast.quantize import Int8AfterGelu, Int8Linear
 from minibert.weights.files import write
 
@@ -34,12 +35,18 @@ _lock = threading.Lock()
 class PanelLinear(UnfusedLinear):
     """y = activation(x W^T + b), or x W^T + b + residual, for x (N, in) of float32, once `load` found no obstacle."""
 
+    def __init__(self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None):
+        super().__init__(weight, bias, activation)
+        self.gelu = activation is not None and is_gelu(activation.name)
+        if self.gelu:
+            self.activation = None  # the kernel's work
+
     def _lay_out(self, weight: Tensor, bias: Tensor) -> None:
         self.outputs = len(weight)
         self.weight, self.bias = laid_out(weight.detach(), bias.detach())
 
     def _product(self, x: Tensor) -> Tensor:
-        return torch.ops.minibert_panels.linear.default(x, self.weight, self.bias, self.outputs)
+        return torch.ops.minibert_panels.linear.default(x, self.weight, self.bias, self.outputs, self.gelu)
 
 
 class PanelInt8Linear(Int8Linear):
@@ -59,6 +66,11 @@ class PanelInt8Linear(Int8Linear):
 
 class PanelInt8AfterGelu(Int8AfterGelu, PanelInt8Linear):
     """Int8AfterGelu by our own kernel."""
+
+
+def is_gelu(activation: str) -> bool:
+    """Whether an activation, by name, is the one that `linear` can compute too."""
+    return POST_OPS.get(activation) == ("gelu", "none")
 
 
 def laid_out(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,12 +106,16 @@ def record() -> None:
     """Say what the kernel returns for tensors without numbers, as compiling a pass needs it."""
 
     @torch.library.register_fake("minibert_panels::linear")
-    def _(x: Tensor, panels: Tensor, bias: Tensor, outputs: int) -> Tensor:
+    def _(x: Tensor, panels: Tensor, bias: Tensor, outputs: int, gelu: bool) -> Tensor:
         return bias.new_empty(x.shape[0], outputs)
 
     @torch.library.register_fake("minibert_panels::linear_of_bytes")
     def _(x: Tensor, panels: Tensor, offsets: Tensor, scales: Tensor, outputs: int) -> Tensor:
         return scales.new_empty(x.shape[0], outputs)
+
+    @torch.library.register_fake("minibert_panels::attention")
+    def _(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, places: Tensor | None, heads: int) -> Tensor:
+        return query.new_empty(query.shape)
 
 
 @cache
@@ -107,7 +123,7 @@ def _loaded() -> str:
     try:
         torch.ops.load_library(_path())
         panels, biases = laid_out(torch.ones(3, 2), torch.arange(3.0))
-        result = torch.ops.minibert_panels.linear(torch.ones(1, 2), panels, biases, 3)
+        result = torch.ops.minibert_panels.linear(torch.ones(1, 2), panels, biases, 3, False)
     except Exception as failure:  # whatever a library may do that was made for another torch
         return f"it cannot be loaded ({type(failure).__name__}: {str(failure).splitlines()[0]:.120})"
     return "" if result.tolist() == [[2.0, 3.0, 4.0]] else "it computes wrongly"
@@ -132,10 +148,12 @@ def _is_whole(path: Path) -> bool:
 
 def _compile(path: Path) -> bool:
     chosen, home = next(filter(shutil.which, compilers())), Path(torch.__file__).parent
+    vectors = "-DCPU_CAPABILITY_" + torch.backends.cpu.get_cpu_capability().replace(" ", "_")  # for exp, erf
     places = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}", f"-L{home / 'lib'}"]
     with tempfile.TemporaryDirectory(prefix="minibert-") as work:
         library, source = Path(work, "panels.so"), Path(__file__).with_name(SOURCE)
-        content = run([chosen, *_FLAGS, str(source), *places, "-ltorch_cpu", "-lc10", "-o", str(library)], library)
+        command = [chosen, *_FLAGS, vectors, str(source), *places, "-ltorch_cpu", "-lc10", "-o", str(library)]
+        content = run(command, library)
     write(path, content)
     write(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest())
     return True

@@ -98,7 +98,7 @@ class CpuPlan:
         if isinstance(shape, str):
             return f"no, {shape}"
         if self.compile and kernels != engine.kernels:
-            return f"no, {compiler.compiler_obstacle() or 'float32 by oneDNN cannot be had here'}"
+            return f"no, {panels.load() or 'float32 by oneDNN cannot be had here'}"
         try:
             package = compiled.make(shape, self.receipts) if self.compile else compiled.find(shape)
         except compiler.CannotCompileError as why:
@@ -109,8 +109,9 @@ class CpuPlan:
                 "no, operation by operation; optimize(model, compile=True) makes it one graph, in about "
                 f"{seconds} s, once for all models of this shape, and keeps it in {where}"
             )
-        wrong = compiled.attach(engine, package, self.dtype)
-        return f"no, {wrong}" if wrong else f"one graph, made in {package.seconds:.0f} s, from {package.path}"
+        wrong = compiled.attach(engine, package, shape, self.dtype)
+        made = f"one graph, attention in float32, made in {package.seconds:.0f} s, from {package.path}"
+        return f"no, {wrong}" if wrong else made
 
 
 @dataclass(frozen=True)
@@ -280,14 +281,12 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
             shape = shape_of(model.base_model, kernels)
             package = None if isinstance(shape, str) else compiled.find(shape)
             # Our own kernels are loaded only where there is a pass to run them
-            if package is not None and kernels == _to_be_had(kernels):
+            if package is not None and not panels.load():
                 return CpuPlan(wanted, kernels, package.measured, compile)
     others = {"auto": ["bfloat16"], "int8": ["int8", _FBGEMM, "bfloat16"], "float32": []}.get(wanted, [wanted])
-    without_panels = ""
-    if compile and wanted in ("auto", "int8", "float32"):
-        without_panels = panels.make()
-        if not without_panels:
-            others += [_PANELS, _BYTES_PANELS] if wanted == "int8" else [_PANELS]
+    without_panels = panels.make() if compile else ""
+    if compile and not without_panels and wanted in ("auto", "int8", "float32"):
+        others += [_PANELS, _BYTES_PANELS] if wanted == "int8" else [_PANELS]
     for attempt in range(_TRIES):  # other work on the machine makes everything look slow at times
         speeds = measure(others, model.config.hidden_size, model.config.intermediate_size, attempt)
         if wanted in ("auto", "float32") or speeds.of(wanted) > speeds.float32:
@@ -297,13 +296,13 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
     elif speeds.of(wanted) * _LOSS < speeds.float32 and wanted != "float32":
         reason = speeds.obstacles.get(wanted, f"{speeds.of(wanted):.0f} GFLOP/s, float32 has {speeds.float32:.0f}")
         raise ValueError(f"dtype={wanted!r}: this CPU is slow at it ({reason}); use 'auto' or 'float32'")
-    kernels = _kernels(wanted, speeds, bool(compile) and not compiler.compiler_obstacle())
+    kernels = _kernels(wanted, speeds, bool(compile) and not without_panels)
     if kernels.careful is not kernels.linear:
         why += f"; values and heads on {kernels.careful.__name__}, attention in {NAMES[kernels.attention]}"
     if wanted == "int8" and weight_levels(kernels.linear) < 127:
         why += "; weights of 7 bits, since this CPU adds products of bytes in 16 bits, which saturates"
     chosen = f"chosen: {wanted} on {kernels.linear.__name__}, {why}"
-    missing = (f"{_PANELS}: {without_panels}",) if without_panels else ()
+    missing = (f"our own kernels: {without_panels}",) if without_panels else ()
     return CpuPlan(wanted, kernels, (_threads(), *speeds.receipts(), *missing, chosen), compile)
 
 

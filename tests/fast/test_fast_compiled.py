@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from test_fast import B, T, close, make, masks, on_tokens, text
 
 from minibert import BertForMaskedLM, BertForSequenceClassification, BertModel, optimize
 from minibert.fast import compiled, compiler, panels, plan
-from minibert.fast.graph import Pass, Places, Shape, shape_of, weights
+from minibert.fast.graph import Pass, Shape, shape_of, weights
 from minibert.fast.padding import pack_rows
 
 SIZES = {"num_hidden_layers": 2}
@@ -66,21 +67,9 @@ def empty_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compiler, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(compiler, "compiler_obstacle", lambda: "")
-    for name in ("load", "make"):  # our own kernel is made by another compiler's run
-        monkeypatch.setattr(panels, name, lambda: "not here")
+    monkeypatch.setattr(panels, "load", lambda: "")  # our own kernels are made by a run of the compiler of their own
+    monkeypatch.setattr(panels, "make", compiler.compiler_obstacle)
     return runs
-
-
-def test_places():
-    """Each token goes where it belongs and comes back; what is masked is what holds none."""
-    for lengths in ([1], [2], [7], [3, 3, 3], [1, 1], [5, 1, 3], [2, 9]):
-        places, N = Places.of(lengths), sum(lengths)
-        tokens = torch.arange(N)
-        assert torch.equal(tokens[places.source][places.row, places.column], tokens)
-        held = [[column < n for column in range(max(2, *lengths))] for n in lengths]
-        assert (places.mask == 0).tolist() == held
-        assert torch.isneginf(places.mask[~torch.tensor(held)]).all()
-        assert [row for row, n in enumerate(lengths) for _ in range(n)] == places.row.tolist()
 
 
 @needs_onednn
@@ -92,8 +81,8 @@ def test_what_is_compiled_computes_what_the_engine_does(linear, kernels):
     graph = Pass(shape_of(small(), kernels)).eval()
     for rows in ([[5]], [[7] * 9], [[5, 6, 7], [9] * 30, [8]]):
         batch = pack_rows(rows)
-        places = Places.of(batch.packing.lengths)
-        inputs = (batch.ids_3N, places.source, places.mask, places.row, places.column, torch.arange(len(places.row)))
+        starts = torch.tensor([0, *accumulate(batch.packing.lengths)])
+        inputs = (batch.ids_3N, starts, torch.arange(batch.packing.tokens))
         with torch.no_grad():
             close(torch.func.functional_call(graph, weights(engine), inputs), engine.encode(batch).last_MD)
 
@@ -101,20 +90,6 @@ def test_what_is_compiled_computes_what_the_engine_does(linear, kernels):
 @needs_onednn
 @needs_compiler
 class TestOnePackage:
-    def test_a_text_alone_whatever_surrounded_the_first_one(self, compiled_cache):
-        """What a pass takes for a text of so many tokens is made once."""
-        fast, rows = optimize(small()), [[5, 6, 7, 8, 9]]
-        with torch.no_grad():
-            expected = fast.engine.compiled(pack_rows([*rows, *rows]))[:5]
-        compiled._layout_of_one.cache_clear()
-        with torch.device("meta"):
-            assert {part.device.type for part in compiled._layout_of_one(5)} == {"cpu"}
-        compiled._layout_of_one.cache_clear()
-        with torch.inference_mode():
-            close(fast.encode_rows(rows)[0], expected)
-        close(fast.encode_rows(rows)[0], expected)
-        assert compiled._layout_of_one.cache_info().hits == 1
-
     def test_serves_every_batch_without_compiling_again(self, compiled_cache):
         model = small()
         fast = optimize(model)
@@ -129,6 +104,22 @@ class TestOnePackage:
             close(fast.encode_rows(rows)[0], expected)
             close(fast.encode_rows(rows, first_only=True)[0], expected[torch.tensor([0, *lengths]).cumsum(0)[:-1]])
         assert len(list(compiled_cache.rglob("*.pt2"))) == 1
+
+    def test_many_tokens_go_through_it_in_parts(self, compiled_cache, monkeypatch):
+        fast = optimize(small())
+        rows = [[5 + n] * n for n in (3, 9, 1, 32, 7, 7, 20, 1)]
+        whole, firsts = fast.encode_rows(rows)[0], fast.encode_rows(rows, first_only=True)[0]
+        for most in (1, 12, 40):
+            monkeypatch.setattr(compiled, "_TOKENS", most)
+            close(fast.encode_rows(rows)[0], whole)
+            close(fast.encode_rows(rows, first_only=True)[0], firsts)
+
+    def test_without_its_kernels_it_is_not_run(self, compiled_cache, monkeypatch):
+        monkeypatch.setattr(panels, "load", lambda: "it is not compiled")
+        fast = optimize(small())
+        assert fast.engine.compiled is None
+        with torch.no_grad():
+            close(fast(text()).last_hidden_state, small()(text()).last_hidden_state)
 
     @pytest.mark.parametrize("name", masks())
     def test_every_mask(self, compiled_cache, name):
@@ -373,12 +364,8 @@ def test_rows_computed_together():
     for _ in range(50):
         lengths = [draw.choice([1, 7, 40, 128, 512]) for _ in range(draw.randint(1, 90))]
         groups = compiled.split(lengths)
-        assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
-        for group in groups:
-            assert group
-            longest, tokens = max(lengths[row] for row in group), sum(lengths[row] for row in group)
-            squares = sum(lengths[row] ** 2 for row in group)
-            assert len(group) == 1 or compiled._fits(len(group), longest, tokens, squares)
-    assert compiled.split([32] * 32) == [list(range(32))]
-    assert compiled.split([512]) == compiled.split([5000]) == [[0]]
-    assert len(compiled.split([512] * 64)) > 1
+        assert [length for group in groups for length in group] == lengths
+        assert all(group and (len(group) == 1 or sum(group) <= compiled._TOKENS) for group in groups)
+    assert compiled.split([32] * 32) == [[32] * 32]
+    assert compiled.split([5000]) == [[5000]]
+    assert len(compiled.split([512] * 64)) == 64 * 512 // compiled._TOKENS

@@ -115,6 +115,85 @@ def test_an_activation_after_it(name):
     close(PanelLinear(weight, torch.ones(7), Activation(name))(x), Activation(name)(x[:, :7] + 1))
 
 
+def attention(query, key, value, lengths, heads):
+    """Text by text, by torch."""
+    y, at = torch.zeros_like(query), 0
+    for n in lengths:
+        q, k, v = (x[at : at + n].unflatten(1, (heads, -1)).transpose(0, 1) for x in (query, key, value))
+        y[at : at + n] = (torch.softmax(q @ k.transpose(1, 2), -1) @ v).transpose(0, 1).flatten(1)
+        at += n
+    return y
+
+
+@pytest.mark.parametrize(("heads", "size"), [(1, 1), (2, 7), (3, 16), (12, 32), (2, 64), (1, 100)])
+@pytest.mark.parametrize("lengths", [[1], [2], [16], [1, 1, 1], [5, 33, 1, 70], [200]])
+def test_attention_is_that_of_each_text(heads, size, lengths):
+    """Of all tokens and of some, with rows behind the last text; at most twice as far from float64 as torch's own."""
+    generator, N, D = torch.Generator().manual_seed(0), sum(lengths), heads * size
+    joined = torch.randn(N + 3, 3 * D, generator=generator)
+    query, key, value = joined.split(D, 1)
+    query = query * size**-0.5
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    attend = torch.ops.minibert_panels.attention.default
+    exact = attention(query.double(), key.double(), value.double(), lengths, heads)
+    y, expected = attend(query, key, value, starts, None, heads), attention(query, key, value, lengths, heads)
+    least = torch.finfo(torch.float32).eps * exact.square().mean().sqrt()
+    error, allowed = ((x - exact).square().mean().sqrt() for x in (y, expected))
+    assert error <= 2 * max(allowed, least)
+    assert not y[N:].any()
+    for places in (torch.arange(N), starts[:-1], torch.arange(0, N, 3), torch.tensor([0, N - 1, N - 1])):
+        assert torch.equal(attend(query[places], key, value, starts, places, heads), y[places])
+
+
+def test_attention_on_any_number_of_threads():
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    query, key, value = torch.randn(90, 3 * 32, generator=generator).split(32, 1)
+    starts = torch.tensor([0, 1, 60, 90])
+    whole = torch.ops.minibert_panels.attention(query, key, value, starts, None, 2)
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(torch.ops.minibert_panels.attention(query, key, value, starts, None, 2), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_attention_to_what_is_no_number():
+    """It stays in its text and head; scores beyond float32 give NaN as torch's softmax does, large ones a choice."""
+    query, key, value = torch.ones(4, 8), torch.ones(4, 8), torch.arange(32.0).view(4, 8)
+    starts = torch.tensor([0, 2, 4])
+    key[1, 0], query[3, 4:] = torch.nan, 1e4
+    key[2, 4:] = 2
+    y = torch.ops.minibert_panels.attention(query, key, value, starts, None, 2)
+    assert y[:2, :4].isnan().all()
+    assert y[:2, 4:].isfinite().all()
+    assert torch.equal(y[3, 4:], value[2, 4:])
+    key[:] = torch.inf
+    assert torch.ops.minibert_panels.attention(query, key, value, starts, None, 2).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"starts": torch.tensor([0, 3, 2])}, "starts"),
+        ({"starts": torch.tensor([0, 9])}, "starts"),
+        ({"starts": torch.tensor([1, 4])}, "starts"),
+        ({"starts": torch.tensor([0])}, "starts"),
+        ({"places": torch.tensor([0, 1])}, "places"),
+        ({"places": torch.tensor([3, 1, 0, 2])}, "places"),
+        ({"places": torch.tensor([0, 1, 2, 9])}, "places"),
+        ({"heads": 3}, "do not fit"),
+        ({"key": torch.ones(8, 4).T}, "one piece"),
+        ({"value": torch.ones(3, 8)}, "do not fit"),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(changes, message):
+    arguments = dict.fromkeys(("query", "key", "value"), torch.ones(4, 8))
+    arguments |= {"starts": torch.tensor([0, 4]), "places": None, "heads": 2}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.minibert_panels.attention(**(arguments | changes))
+
+
 def test_as_the_engine_s_kernel():
     """Layers, values and heads of a whole model, operation by operation."""
     model = make(BertForMaskedLM)
@@ -223,4 +302,4 @@ def test_no_compiler_or_no_place(tmp_path, monkeypatch):
     monkeypatch.setattr(compiler, "compiler_obstacle", lambda: "there is no C++ compiler (g++, clang++)")
     assert panels.make() == "there is no C++ compiler (g++, clang++)"
     fast = optimize(make(), compile=True)
-    assert f"{plan._PANELS}: there is no C++ compiler" in fast.explain()
+    assert "our own kernels: there is no C++ compiler" in fast.explain()
