@@ -7,6 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from minibert.checks import check_count, check_text, shown
 from minibert.fast import optimize
-from minibert.fast.optimized import OptimizedModel
+from minibert.fast.optimized import ChangedError, OptimizedModel
 from minibert.pipelines.items import is_stream, place
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 from minibert.weights import hub
@@ -32,6 +33,10 @@ Answer = Callable[[nn.Module, BatchEncoding, list[slice]], Sequence[Any]]
 UNUSED = ("feature_extractor", "image_processor", "processor", "modelcard", "framework", "args_parser", "model_card")
 _OF_PRETRAINING = ("BertForMaskedLM", "BertForNextSentencePrediction")  # a BertForPreTraining holds both heads
 _MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+# What the tokenizer's call takes, by way of the pipeline's: truncation, max_length, ...
+TOKENIZER_OPTIONS = tuple(
+    name for name in inspect.signature(BertTokenizer.__call__).parameters if not name.startswith(("self", "text"))
+)
 _OTHER_ROWS = ("return_overflowing_tokens", "is_split_into_words")  # of the tokenizer: its rows would not be the texts
 Rows = Mapping[str, list]  # columns (input_ids, token_type_ids ...), each a list of rows
 
@@ -165,7 +170,8 @@ class Pipeline:
             raise TypeError(f"{self.task} has no option {name!r}; it has {', '.join(allowed)}")
 
     def _refuse_in_call(self, unknown: Mapping[str, Any]) -> None:
-        self._refuse(unknown, _parameters(type(self).__call__))
+        if unknown:
+            self._refuse(unknown, _parameters(type(self).__call__))
 
     # What the tasks fill in
 
@@ -270,12 +276,12 @@ class Pipeline:
         return encoded
 
     def _check_tokenizer_kwargs(self, options: Mapping[str, Any]) -> None:
-        allowed = [name for name in _parameters(BertTokenizer.__call__) if name not in _OTHER_ROWS]
         for name, value in options.items():
             if name in _OTHER_ROWS and value:
                 raise ValueError(f"{name}={value!r}: {self.task} takes whole texts, and gives one result each")
-            if name not in allowed and name not in _OTHER_ROWS:
-                raise TypeError(f"{self.task}: the tokenizer has no option {name!r}; it has {', '.join(allowed)}")
+            if name not in TOKENIZER_OPTIONS:
+                allowed = ", ".join(name for name in TOKENIZER_OPTIONS if name not in _OTHER_ROWS)
+                raise TypeError(f"{self.task}: the tokenizer has no option {name!r}; it has {allowed}")
 
     def _padded_alone(self, encoded: BatchEncoding, **options: Any) -> BatchEncoding:
         rows = [{name: column[i] for name, column in encoded.items()} for i in range(len(encoded["input_ids"]))]
@@ -289,24 +295,39 @@ class Pipeline:
 
     def _run(self, rows: Rows, answer: Answer, batch_size: int | None) -> list[Any]:
         """The results of all rows, computed in batches of rows of like length."""
-        from tqdm import tqdm
+        runner = self._optimized if self.fast else None
+        try:
+            return self._run_on(self.runner if runner is None else runner, rows, answer, batch_size)
+        except ChangedError:  # all rows, so that no call's results are of two models
+            return self._run_on(self.runner, rows, answer, batch_size)
 
-        lengths = [len(ids) for ids in rows["input_ids"]]
+    def _run_on(self, runner: nn.Module, rows: Rows, answer: Answer, batch_size: int | None) -> list[Any]:
+        device, lengths = runner.device, [len(ids) for ids in rows["input_ids"]]
         results: list[Any] = [None] * len(lengths)
-        runner, tokens = self.runner, TOKENS_PER_BATCH["cpu" if self.device.type == "cpu" else "gpu"]
-        off = None if self.progress is None else not self.progress  # None: tqdm looks whether it is on a terminal
-        with tqdm(total=len(lengths), desc=self.task, delay=3, disable=off, leave=False) as bar:
-            for numbers in batches(lengths, tokens, self.batch_size if batch_size is None else batch_size):
+        tokens = TOKENS_PER_BATCH["cpu" if device.type == "cpu" else "gpu"]
+        parts = list(batches(lengths, tokens, self.batch_size if batch_size is None else batch_size))
+        with self._bar(len(lengths), len(parts)) as bar:
+            for numbers in parts:
                 picked = {name: [column[number] for number in numbers] for name, column in rows.items()}
-                batch = self.tokenizer.pad(picked, return_tensors="pt").to(self.device)
+                batch = self.tokenizer.pad(picked, return_tensors="pt").to(device)
                 width, left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
                 sizes = [lengths[number] for number in numbers]
                 spans = [slice(width - size, width) if left else slice(0, size) for size in sizes]
                 with torch.inference_mode():
                     for number, result in zip(numbers, answer(runner, batch, spans), strict=True):
                         results[number] = result
-                bar.update(len(numbers))
+                if bar is not None:
+                    bar.update(len(numbers))
         return results
+
+    def _bar(self, rows: int, parts: int) -> AbstractContextManager[Any]:
+        """A progress bar; None for one batch unless it was asked for: to set it up takes a part of a text's time."""
+        if self.progress is False or (self.progress is None and parts < 2):
+            return nullcontext()
+        from tqdm import tqdm
+
+        off = None if self.progress is None else False  # None: tqdm looks whether it is on a terminal
+        return tqdm(total=rows, desc=self.task, delay=3, disable=off, leave=False)
 
 
 def rows_of(values: Tensor, spans: list[slice]) -> list[Any]:

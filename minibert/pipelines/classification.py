@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from minibert.checks import check_choice, check_count, check_text
 from minibert.heads import BertForSequenceClassification
-from minibert.pipelines.base import Pipeline, given_once
+from minibert.pipelines.base import TOKENIZER_OPTIONS, Pipeline, given_once
 from minibert.pipelines.items import Pair, as_pair, check_pair
 from minibert.text.tokenizer import BatchEncoding, BertTokenizer
 
@@ -20,10 +19,6 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda logits: logits.softmax(-1),
 }
-# What the tokenizer's call takes, by way of the pipeline's: truncation, max_length, ...
-TOKENIZER_OPTIONS = tuple(
-    name for name in inspect.signature(BertTokenizer.__call__).parameters if not name.startswith(("self", "text"))
-)
 UNSET = ""  # top_k=None means all labels, so that "not given" needs another value
 
 

@@ -53,22 +53,22 @@ class Padding:
         """int64 (B, T), or (B, T, 2) for offsets. One pass over the real tokens, none over the padding."""
         if fill is None:  # not a column of tokens
             return plain_array(name, rows)
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        width = max(length, int(lengths.max()))
-        if width > length and lengths.min() < width:
+        lengths = list(map(len, rows))
+        least, width = min(lengths), max(length, *lengths)
+        if length < width > least:
             raise ValueError(
-                f"return_tensors needs rows of one length, but {name} has {lengths.min()} to {width} values a row"
+                f"return_tensors needs rows of one length, but {name} has {least} to {width} values a row"
                 + (f" and padding ends at {length}" if length else "")
                 + ": pass padding=True and, if a row is too long, truncation=True"
             )
         size = len(fill) if isinstance(fill, tuple) else 1
         flat = chain.from_iterable(rows)
-        values = np.fromiter(chain.from_iterable(flat) if size > 1 else flat, np.int64, size * int(lengths.sum()))
+        values = np.fromiter(chain.from_iterable(flat) if size > 1 else flat, np.int64, size * sum(lengths))
         shape = (len(rows), width, size) if size > 1 else (len(rows), width)
-        if lengths.min() == width:
+        if least == width:
             return values.reshape(shape)
-        positions = np.arange(width)
-        filled = positions >= (width - lengths)[:, None] if self.left else positions < lengths[:, None]  # (B, T)
+        positions, ends = np.arange(width), np.array(lengths)[:, None]
+        filled = positions >= width - ends if self.left else positions < ends  # (B, T)
         array = np.full(shape, fill, np.int64)
         array[filled] = values.reshape(-1, *shape[2:])
         return array

@@ -128,6 +128,27 @@ def test_a_model_that_changes(minilm_dir):
     assert same(after, pipeline("text-classification", model, tokenizer, fast=False)(TEXTS[0], top_k=None))
 
 
+def test_a_model_that_changes_during_a_call(minilm_dir):
+    """No call's results are of two models, nor of one that is gone."""
+    model, tokenizer = tiny("BertForSequenceClassification", minilm_dir, 0)[0]
+    classify = pipeline("text-classification", model, tokenizer)
+    seen = []
+
+    def answer(runner, batch, spans):
+        seen.append(len(spans))
+        if len(seen) == 2:
+            with torch.no_grad():
+                model.bert.encoder.layer[0].output.dense.weight *= 0.5
+        return runner(**batch).logits.tolist()
+
+    rows = classify._encode(TEXTS[:4], 0, None)
+    results = classify._run(rows, answer, 1)
+    assert len(seen) == 6
+    assert results == classify._run(rows, answer, 1)
+    again = pipeline("text-classification", model, tokenizer)
+    assert results == again._run(rows, answer, 1)
+
+
 def test_threads(classify):
     texts = [" ".join(["word"] * n) for n in range(1, 33)]
     expected = [classify(text) for text in texts]
