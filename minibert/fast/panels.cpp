@@ -69,7 +69,10 @@ void tile(const float* x, int64_t x_stride, const float* panel, int64_t inputs, 
           int64_t before_stride, float* y, int64_t y_stride, const float* next, int64_t step) {
   Vector sum[R][2];
 #pragma GCC unroll 12
-  for (int64_t r = 0; r < R; r++) sum[r][0] = sum[r][1] = Vector{};
+  for (int64_t r = 0; r < R; r++) {
+    sum[r][0] = sum[r][1] = Vector{};
+    __builtin_prefetch(y + r * y_stride, 1);  // rows of y lie far apart: without it, each tile waits for them at its end
+  }
   for (int64_t i = 0; i < inputs; i++) {
     const Vector left = load(panel + i * WIDTH), right = load(panel + i * WIDTH + LANES);
     __builtin_prefetch(next + i * step, 0, 2);
@@ -264,7 +267,10 @@ void byte_tile(const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t 
                const float* scales, float* y, int64_t y_stride, const int8_t* next, int64_t step) {
   __m256i sum[R][2];
 #pragma GCC unroll 12
-  for (int64_t r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+  for (int64_t r = 0; r < R; r++) {
+    sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    __builtin_prefetch(y + r * y_stride, 1);
+  }
   for (int64_t g = 0; g < groups; g++) {
     const auto* weights = reinterpret_cast<const __m256i*>(panel + g * BYTE_WIDTH * FOUR);
     const __m256i left = _mm256_loadu_si256(weights), right = _mm256_loadu_si256(weights + 1);
