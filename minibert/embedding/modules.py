@@ -92,17 +92,15 @@ class Pooling(nn.Module):
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None, prompt_length: int = 0) -> Tensor:
         """mask: 1 for tokens, 0 for padding, which is on the right; None: no padding. prompt_length counts [CLS]."""
         leaves_prompt = prompt_length > 0 and not self.include_prompt
-        dtype = x_BTD.dtype
-        exact = x_BTD.float() if dtype in (torch.float16, torch.bfloat16) else x_BTD  # their sums would drift
+        exact = x_BTD.float() if x_BTD.dtype in (torch.float16, torch.bfloat16) else x_BTD  # whose sums would drift
         if mask_BT is None and not leaves_prompt and self.modes == ("mean",):  # the same bits as below, in two steps
-            mean = exact.sum(1) / exact.shape[1]
-            return mean if mean.dtype == dtype else mean.to(dtype)
+            return (exact.sum(1) / exact.shape[1]).to(x_BTD.dtype)
         if mask_BT is None:
             mask_BT = torch.ones(x_BTD.shape[:2], dtype=torch.long, device=x_BTD.device)
         if leaves_prompt:
             mask_BT = mask_BT.clone()
             mask_BT[:, :prompt_length] = 0
-        return torch.cat([MODES[mode](exact, mask_BT) for mode in self.modes], -1).to(dtype)
+        return torch.cat([MODES[mode](exact, mask_BT) for mode in self.modes], -1).to(x_BTD.dtype)
 
     def extra_repr(self) -> str:
         return ", ".join(self.modes) + ("" if self.include_prompt else ", without the prompt")

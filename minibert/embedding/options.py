@@ -97,8 +97,7 @@ def further(arguments: dict[str, Any]) -> Further:
         if name not in Further.__dataclass_fields__:
             known = ", ".join(Further.__dataclass_fields__)
             raise TypeError(f"encode takes no argument {name!r}; by name alone it takes {known}")
-    if "task" in arguments:
-        check_choice("task", arguments["task"], (None, "query", "document"))
+    check_choice("task", arguments.get("task"), (None, "query", "document"))
     return Further(**arguments)
 
 

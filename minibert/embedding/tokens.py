@@ -58,11 +58,9 @@ def _singles(tokenizer: BertTokenizer, texts: list[str], limit: int) -> tuple[li
     Of a very long text only a beginning is tokenized, if it holds enough. A word that is cut in two changes no more
     than its own tokens, and a word of many tokens is one [UNK].
     """
+    enough = limit + tokenizer.backend_tokenizer.model.max_input_chars_per_word + 28
     from_right = tokenizer.truncation_side == "left"
-    characters, enough = max(map(len, texts), default=0), limit
-    if characters > 8 * limit and not from_right:
-        enough += tokenizer.backend_tokenizer.model.max_input_chars_per_word + 28
-        characters = 8 * enough
+    characters = max(map(len, texts), default=0) if from_right else 8 * enough
     rows = _ids(tokenizer, [text[:characters] for text in texts])
     while again := [i for i, text in enumerate(texts) if len(rows[i]) < enough and len(text) > characters]:
         characters *= 4

@@ -173,16 +173,14 @@ class Held:
         self.attributes = [vars(module) for module in modules]
         self.settings = _Entries([(vars(m), name) for m in modules for name in SETTINGS.get(type(m), ())])
         self.hooks = [getattr(module, name) for module in modules for name in _HOOKS] + _GLOBAL_HOOKS
-        tables = [table for module in modules for table in (module._modules, module._parameters)]
-        self.tables = [table for table in tables if table]
-        self.empty = [table for table in tables if not table]
+        self.tables = [table for module in modules for table in (module._modules, module._parameters)]
         self.items = _Entries([(table, name) for table in self.tables for name in table])
         self.things = self.items.values()
         self.tensors = [thing for thing in self.things if isinstance(thing, Tensor)]
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]  # those keep no count
         self.state = self._state()
         # Where torch counts nothing, as of `.data` and numpy (PEFT merges adapters so), some numbers tell
-        self.samples = _Samples([tensor for tensor in self.tensors if _is_readable(tensor)])
+        self.samples = _Samples(self.tensors)
         self.sampled = self.samples.read()
 
     def _state(self) -> tuple[list, ...]:
@@ -196,8 +194,7 @@ class Held:
 
     def change(self) -> str:
         """What has changed, or "". Of edits through `.data`, in place, those are seen that change most of a tensor."""
-        same_size = sum(map(len, self.tables)) == len(self.things) and not any(self.empty)
-        if not same_size or not all(map(is_, self.items.values(), self.things)):
+        if sum(map(len, self.tables)) != len(self.things) or not all(map(is_, self.items.values(), self.things)):
             return "a parameter or module was replaced"
         if self._state() != self.state:
             return "parameters were changed"
@@ -225,33 +222,27 @@ class _Entries:
         return list(map(dict.get, self.tables, self.names))
 
 
-def _is_readable(tensor: Tensor) -> bool:
-    """Whether it is a plain tensor of numbers in the CPU's memory."""
-    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
-    return is_plain and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.is_floating_point()
-
-
 class _Samples:
-    """Some four numbers of each tensor, read at once: an array for each tensor took four times as long.
+    """Some four numbers of each plain tensor in the CPU's memory, read at once: an array for each took twice as long.
 
-    They are read out of one array over all memory from the first tensor to the last, in units that all of them are
-    whole multiples of: so many steps are few, and a processor waits for several of them at the same time.
+    They are read out of one array over all memory from the first to the last, in units so large that steps are few.
     """
 
     def __init__(self, tensors: list[Tensor]):
-        self.held = [tensor.detach().view(-1).view(torch.uint8).numpy() for tensor in tensors]  # keeps the memory
+        tensors = [x for x in tensors if type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.numel() > 0
+                   and x.layout == torch.strided and x.is_contiguous() and x.is_floating_point()]  # fmt: skip
+        # These keep the memory
+        self.held = [x.detach().view(-1).view(torch.uint8).numpy() for x in tensors] or [np.zeros(8, np.uint8)]
         starts = [array.ctypes.data for array in self.held]
-        first = min(starts, default=0)
-        sizes = [tensor.element_size() for tensor in tensors]
-        unit = gcd(*sizes, *(start - first for start in starts)) or 1
-        places = [np.empty(0, np.int64)]
-        for tensor, start, size in zip(tensors, starts, sizes, strict=True):
-            numbers = np.arange(0, tensor.numel(), max(1, tensor.numel() // 4))[:, None] * size
-            places.append(((start - first + numbers + np.arange(0, size, unit)) // unit).ravel())
-        self.places = np.concatenate(places)
-        lowest = self.held[starts.index(first)] if starts else np.empty(0, np.uint8)
-        whole = np.lib.stride_tricks.as_strided(lowest, ((max(self.places, default=-1) + 1) * unit,), writeable=False)
-        self.memory = whole.view(f"u{unit}")
+        first = min(starts)
+        unit = gcd(8, *(x.element_size() for x in tensors), *starts)  # fits addresses, or numpy would copy it all
+        places = [np.zeros(1, np.int64)]  # in bytes
+        for x, start in zip(tensors, starts, strict=False):
+            numbers = np.arange(0, x.numel(), max(1, x.numel() // 4))[:, None] * x.element_size()
+            places.append((start - first + numbers + np.arange(0, x.element_size(), unit)).ravel())
+        self.places = np.concatenate(places) // unit
+        size, lowest = (int(self.places.max()) + 1) * unit, self.held[starts.index(first)]
+        self.memory = np.lib.stride_tricks.as_strided(lowest, (size,), writeable=False).view(f"u{unit}")
 
     def read(self) -> bytes:
         """Their bits, since NaN differs from itself."""

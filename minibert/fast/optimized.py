@@ -123,7 +123,7 @@ class OptimizedModel(nn.Module):
         self._check_ids(rows, batch, segments is not None)
         if first_only:
             batch = replace(batch, picked=_first_tokens(batch.packing))
-        with _without_gradients(), _without_autocast(self.device):
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), _without_autocast(self.device):
             last = self.engine.encode(batch).last_MD
         return last.to(self.dtype), batch.packing.lengths
 
@@ -230,15 +230,14 @@ class OptimizedModel(nn.Module):
             return False
         return bool((self.engine.to_host(labels["labels"])[~mask.bool()] != IGNORED).any())
 
-    def _wanted(self, positions: Tensor, B: int, T: int) -> Tensor:
-        """Which tokens the last layer must give, (B, T)."""
-        if not isinstance(positions, Tensor) or positions.dtype != torch.bool or positions.shape != (B, T):
-            is_tensor = isinstance(positions, Tensor)
-            got = f"{positions.dtype} {tuple(positions.shape)}" if is_tensor else type(positions).__name__
+    def _wanted(self, wanted: Tensor, B: int, T: int) -> Tensor:
+        """Which tokens the last layer must give, (B, T), where `positions` asks for some."""
+        if not isinstance(wanted, Tensor) or wanted.dtype != torch.bool or wanted.shape != (B, T):
+            got = f"{wanted.dtype} {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else type(wanted).__name__
             raise ValueError(f"positions must be a boolean tensor of shape {(B, T)}, got {got}")
         if self.pooler is None:
-            return positions
-        wanted = positions.clone()
+            return wanted
+        wanted = wanted.clone()
         wanted[:, 0] = True
         return wanted
 
@@ -254,10 +253,8 @@ class OptimizedModel(nn.Module):
         pooled = None
         if self.pooler is not None:
             lengths = plan.lengths if picked is None else picked.lengths
-            first_BD = last_MD
-            if len(last_MD) > len(lengths):
-                firsts = engine.to_device(Packing((len(lengths), 0), None, lengths, {}).firsts)
-                first_BD = last_MD.index_select(0, firsts)
+            firsts = Packing((len(lengths), 0), None, lengths, {}).firsts
+            first_BD = last_MD if len(last_MD) == len(lengths) else last_MD.index_select(0, engine.to_device(firsts))
             pooled = self.pooler(first_BD.to(self.dtype)[:, None])  # (B, 1, D) -> (B, D)
         if positions is not None and self.pooler is not None:  # without the first tokens that nobody asked for
             asked = plan.pack(engine.to_device(positions)).index_select(0, engine.to_device(picked.index))
@@ -298,13 +295,8 @@ def _rebuilt(model: BertPreTrainedModel, plan: Plan) -> OptimizedModel:
     return plan.build(model)
 
 
-def _without_gradients() -> AbstractContextManager:
-    """Entering the context costs some microseconds, so only where they are on."""
-    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
-
-
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """The dtype was chosen by `optimize`; entered only where autocast is on, as above."""
+    """The dtype was chosen by `optimize`. Entering the context costs some microseconds, so only where one is on."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -154,7 +154,6 @@ def up_to(count: int, x: Tensor, dim: int = 0) -> Tensor:
     missing = count - x.shape[dim]
     if not missing:
         return x
-    # What functional.pad comes to, in two thirds of its time
     return torch.constant_pad_nd(x, (0, missing) if dim == -1 else (0, 0) * (x.ndim - 1) + (0, missing))
 
 

@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -302,11 +302,16 @@ class Pipeline:
             return self._run_on(self.runner, rows, answer, batch_size)
 
     def _run_on(self, runner: nn.Module, rows: Rows, answer: Answer, batch_size: int | None) -> list[Any]:
+        from tqdm import tqdm
+
         device, lengths = runner.device, [len(ids) for ids in rows["input_ids"]]
         results: list[Any] = [None] * len(lengths)
         tokens = TOKENS_PER_BATCH["cpu" if device.type == "cpu" else "gpu"]
         parts = list(batches(lengths, tokens, self.batch_size if batch_size is None else batch_size))
-        with self._bar(len(lengths), len(parts)) as bar:
+        # Of a single batch a bar would not move, and to set it up takes a part of a text's time
+        off = not self.progress if self.progress is not None else len(parts) < 2 or None  # None: if on no terminal
+        shown = nullcontext() if off else tqdm(total=len(lengths), desc=self.task, delay=3, disable=off, leave=False)
+        with shown as bar:
             for numbers in parts:
                 picked = {name: [column[number] for number in numbers] for name, column in rows.items()}
                 batch = self.tokenizer.pad(picked, return_tensors="pt").to(device)
@@ -319,15 +324,6 @@ class Pipeline:
                 if bar is not None:
                     bar.update(len(numbers))
         return results
-
-    def _bar(self, rows: int, parts: int) -> AbstractContextManager[Any]:
-        """A progress bar; None for one batch unless it was asked for: to set it up takes a part of a text's time."""
-        if self.progress is False or (self.progress is None and parts < 2):
-            return nullcontext()
-        from tqdm import tqdm
-
-        off = None if self.progress is None else False  # None: tqdm looks whether it is on a terminal
-        return tqdm(total=rows, desc=self.task, delay=3, disable=off, leave=False)
 
 
 def rows_of(values: Tensor, spans: list[slice]) -> list[Any]:

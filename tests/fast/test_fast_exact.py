@@ -282,6 +282,10 @@ def test_such_edits_are_noticed_wherever_a_weight_lies():
     assert fast.is_current()
     model.embeddings.position_embeddings.weight.data[20:] += 1
     assert not fast.is_current()
+    samples = fast._held.samples
+    assert samples.memory.flags.aligned  # or it would be copied whole
+    assert samples.memory.itemsize == 1
+    assert optimize(make().double())._held.samples.memory.itemsize == 8
 
 
 def test_a_merged_adapter_is_noticed():
