@@ -771,3 +771,32 @@ def mask_by_infinity(model):
         return torch.matmul(F.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), -1), value)
 
     with_attention(model, kernel)
+
+
+@way
+def texts_one_by_one(model):
+    def forward(self, x, mask=None, *rest):
+        masks = [None] * len(x) if mask is None else mask.expand(len(x), -1, -1, -1).split(1)
+        return torch.cat([run_layers(self.layer, *each) for each in zip(x.split(1), masks, strict=True)])
+
+    replace_forward(encoder(model).encoder, forward)
+
+
+class Turned(nn.Module):
+    def forward(self, weight):
+        return weight.mT
+
+    right_inverse = forward
+
+
+@way
+def weight_kept_transposed(model):
+    """A parameter of another name that holds the same numbers."""
+    dense = encoder(model).encoder.layer[0].output.dense
+    nn.utils.parametrize.register_parametrization(dense, "weight", Turned())
+
+
+@way
+def module_within_a_module(model):
+    layer = encoder(model).encoder.layer[0]
+    layer.intermediate = nn.Sequential(layer.intermediate)

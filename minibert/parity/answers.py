@@ -80,6 +80,8 @@ def scores(
     real = case.real
     if name in ("start_logits", "end_logits"):
         return value if real is None or real.shape != value.shape else value.masked_fill(~real, -torch.inf)
+    if value.ndim == 2 and real is not None and len(real) == len(value) and not case.is_text:
+        value = value[real[:, 0]]  # no answer of a text that begins with padding
     if value.ndim == 3:
         asked = real
         if case.is_text and value.shape[-1] == words:

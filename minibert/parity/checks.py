@@ -142,7 +142,7 @@ def objective(model: nn.Module, case: Case, labels: dict[str, Tensor], names: Se
     found = named(output)
     results = found if "0" in found else {name: found[name] for name in names}
     shown = [steps.visible(name, x, case) for name, x in zip(names, results.values(), strict=False)]
-    return torch.stack([(x * torch.randn(x.shape, generator=random)).mean() for x in shown]).sum()
+    return torch.stack([(x * torch.randn(x.shape, generator=random)).mean() for x in shown if x.numel()]).sum()
 
 
 def invariance(side: Side, cases: Sequence[Case], longest: int) -> dict[str, Any]:

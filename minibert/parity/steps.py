@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import re
 import sys
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ FLOORS = {"plain": 1e-11, "noise": 1e-11, "sharp": 1e-6}  # relative errors that
 _SCORE = 1e6  # of "sharp" weights: above any number that stands for minus infinity by mistake
 _COARSE = 500  # ulps of a step on equal inputs that no order of a sum explains; half precision has thousands
 _SMALL = 64  # tokens up to which steps are looked at
+_OF_TEXTS = re.compile(r"pooler|seq_relationship|classifier|^logits")  # results of whole texts, where they have 2 axes
 # Operations that only look at numbers another way
 _VIEWS = {
     "view", "reshape", "transpose", "permute", "contiguous", "__getitem__", "split", "chunk", "unsqueeze", "squeeze",
@@ -93,12 +96,12 @@ def in_float64(model: nn.Module, rounded_to: torch.dtype | None = None) -> nn.Mo
 
 
 def counterparts(*models: nn.Module) -> list[dict[str, nn.Parameter]]:
-    """The parameters that all models have, by name; where no name is shared, by their values, if no two are alike."""
+    """The parameters that all models have: by name, and the rest by their values, if no two are alike."""
     named = [{name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()} for model in models]
-    if shared := set.intersection(*map(set, named)):
-        return [{name: p for name, p in each.items() if name in shared} for each in named]
-    values = [{name: hash(p.detach().double().cpu().numpy().tobytes()) for name, p in each.items()} for each in named]
-    found: list[dict[str, nn.Parameter]] = [{} for _ in models]
+    shared = set.intersection(*map(set, named))
+    found = [{name: p for name, p in each.items() if name in shared} for each in named]
+    rest = [{name: p.detach() for name, p in each.items() if name not in shared} for each in named]
+    values = [{name: hash(p.double().cpu().numpy().tobytes()) for name, p in each.items()} for each in rest]
     for value in values[0].values():
         alike = [[name for name, other in each.items() if other == value] for each in values]
         if all(len(names) == 1 for names in alike):
@@ -108,41 +111,85 @@ def counterparts(*models: nn.Module) -> list[dict[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def stressed(model: nn.Module, sharpness: float = 1.0) -> nn.Module:
-    """The same code on weights that hide nothing; parameters of one name get the same change in every model.
+def stressed(sides: Sequence[nn.Module], sharpness: float = 1.0) -> list[nn.Module]:
+    """The same code on weights that hide nothing; counterparts get the same change.
 
     No bias is 0 and no scale 1, as they may be in a checkpoint and a fault may count on; and queries are multiplied by
-    `sharpness`: scores may be so large that a mask must really mask.
+    `sharpness`: scores may be so large that a mask must really mask. Where each side has parameters of its own, these
+    stay: they may hold the same numbers otherwise, a weight as its length and direction, say.
     """
-    model = copy.deepcopy(model)
-    for name, parameter in model.named_parameters():
-        random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        noise = torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
-        parameter.add_(noise * 0.1 * max(float(parameter.square().mean().sqrt()), 0.05))
-        if "self.query" in name:
-            parameter.mul_(sharpness)
-    return model
+    sides = [copy.deepcopy(side) for side in sides]
+    shared = counterparts(*sides)
+    known = {id(parameter) for each in shared for parameter in each.values()}
+    alone = [{name: p for name, p in side.named_parameters() if id(p) not in known} for side in sides]
+    for both, own in zip(shared, alone, strict=True):
+        for name, parameter in {**both, **({} if all(alone) else own)}.items():
+            random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
+            parameter.add_(noise * 0.1 * max(float(parameter.square().mean().sqrt()), 0.05))
+            if "self.query" in name:
+                parameter.mul_(sharpness)
+    return sides
 
 
 def visible(name: str, tensor: Tensor, case: Case) -> Tensor:
-    """The part of a step that means something: no rows of padding, and no scores of masked keys."""
-    real = case.real
+    """The part of a step that means something: no rows of padding or what the pooler makes of one, no masked scores."""
+    real, name = case.real, name.partition("#")[0]
     if real is None:
         return tensor
-    B, T = real.shape
-    if name.split("#")[0].endswith(".scores") and tensor.ndim == 4 and tensor.shape[-1] == T:
+    if tensor.ndim == 2 and _OF_TEXTS.search(name):  # of a choice each, too
+        return tensor.reshape(len(real), -1)[real[:, 0]] if tensor.numel() % len(real) == 0 else tensor
+    if name.endswith(".scores") and tensor.ndim == 4 and tensor.shape[-1] == real.shape[1]:
         tensor = torch.where(real[:, None, None], tensor, 0.0)
-    if tensor.ndim >= 2 and tensor.shape[:2] == (B, T):
-        return tensor[real]
-    return tensor.transpose(1, 2)[real] if tensor.ndim == 4 and tensor.shape[::2] == (B, T) else tensor
+    if tensor.ndim == 4 and tensor.shape[::2] == real.shape:  # asked first: there may be as many heads as tokens
+        return tensor.transpose(1, 2)[real]
+    return tensor[real] if tensor.shape[:2] == real.shape else tensor
 
 
-def _seen(name: str, actual: Tensor, expected: Tensor, case: Case) -> list[Tensor]:
-    """The visible parts of a step on both sides; what is the same for all rows may be computed once, (1, T, D)."""
-    both = [actual, expected]
-    if actual.shape != expected.shape and actual.shape[1:] == expected.shape[1:] and 1 in (len(actual), len(expected)):
-        both = list(torch.broadcast_tensors(*both))
-    return [visible(name, each, case) for each in both]
+def _seen(own: Trace, name: str, actual: Tensor, expected: Tensor, case: Case) -> list[Tensor]:
+    """The visible parts of a step on both sides. What is the same for all rows may be computed once, (1, T, D); some
+    rows or tokens apart, as steps of their own, or more of them; and tokens packed, with padding or without it.
+    """
+    if ("#" in name or f"{name}#2" in own) and actual.shape != expected.shape:
+        return [actual, _part(actual, expected)]
+    if actual.shape[1:] == expected.shape[1:] and 1 in (len(actual), len(expected)):
+        actual, expected = torch.broadcast_tensors(actual, expected)
+    if expected.ndim > 2:
+        actual = _part(expected, actual)
+    if actual.shape != expected.shape:
+        real = _real(case)
+        return [_tokens(actual, real), _tokens(expected, real)]
+    return [visible(name, each, case) for each in (actual, expected)]
+
+
+def _part(tensor: Tensor, whole: Tensor) -> Tensor:
+    """What is most like `tensor` in `whole`, if that is longer along one axis, not the last, or has one more."""
+    missing = whole.ndim - tensor.ndim
+    for each in [tensor] if not missing else [tensor.unsqueeze(axis) for axis in range(tensor.ndim * (missing == 1))]:
+        differ = [axis for axis in range(whole.ndim) if each.shape[axis] != whole.shape[axis]]
+        axis, n = differ[0] if len(differ) == 1 else -1, each.shape[differ[0]] if differ else 0
+        if 0 <= axis < whole.ndim - 1 and 0 < n < whole.shape[axis]:
+            apart = (whole - each.narrow(axis, 0, 1)).square().movedim(axis, 0).flatten(1).sum(1)
+            return whole.narrow(axis, int(apart[: len(apart) - n + 1].argmin()), n).reshape(tensor.shape)
+    return whole
+
+
+def _real(case: Case) -> Tensor:
+    """`case.real`, or that all tokens are."""
+    ids = next(iter(case.inputs.values()))
+    return torch.ones_like(ids, dtype=torch.bool).flatten(0, -2) if case.real is None else case.real
+
+
+def _tokens(tensor: Tensor, real: Tensor) -> Tensor:
+    """The numbers of real tokens, (N, ...), in padded rows or packed as they may be; what is not by tokens as it is."""
+    counts = (real.numel(), int(real.sum()))
+    if tensor.ndim == 4 and tensor.shape[0] * tensor.shape[2] in counts:
+        tensor = tensor.transpose(1, 2)
+    for axes in (2, 1):
+        if (count := math.prod(tensor.shape[:axes])) in counts:
+            rows = tensor.reshape(count, *tensor.shape[axes:])
+            return rows[real.flatten()] if count == counts[0] else rows
+    return tensor
 
 
 def few(cases: Sequence[Case], worst: Case) -> list[Case]:
@@ -165,9 +212,9 @@ def rows(model: nn.Module, reference: nn.Module, cases: list[Case], dtype: torch
             if name not in found:
                 lines = _lines(name, step.source, twin.source)
                 found[name] = Row(*lines, step.beside or twin.beside, Tally(dtype), Tally(dtype))
-            found[name].accumulated.add(*_seen(name, step.tensor, twin.tensor, case))
+            found[name].accumulated.add(*_seen(own, name, step.tensor, twin.tensor, case))
             if name in forced:
-                found[name].local.add(*_seen(name, forced[name], twin.tensor, case))
+                found[name].local.add(*_seen(forced, name, forced[name], twin.tensor, case))
     return list(found.values())
 
 
@@ -196,12 +243,12 @@ def diagnose(
         dtype: what they compute in otherwise: a cast below it is a bug, one to it or above is rounding.
         casts: those that are rounding, because they are to no less than `dtype`, are added here.
     """
-    shared = dict(model.named_parameters()).keys() & dict(reference.named_parameters()).keys()
-    for kind in FLOORS if shared else ["plain"]:
-        sides = [model, reference]
+    sides, sharpness = [model, reference], 1.0
+    for kind in FLOORS if counterparts(*sides)[0] else ["plain"]:
+        if kind == "sharp":
+            sharpness = _SCORE / _largest_score(sides[1], cases[0])
         if kind != "plain":
-            sharpness = _SCORE / _largest_score(reference, cases[0]) if kind == "sharp" else 1.0
-            sides = [stressed(side, sharpness) for side in sides]
+            sides = stressed([model, reference], sharpness)
         for case in cases:
             if (finding := _finding(*sides, case, kind, dtype, casts)) is not None:
                 return finding
@@ -218,7 +265,7 @@ def coarse(found: list[Row]) -> Finding | None:
 
 
 def _largest_score(model: nn.Module, case: Case) -> float:
-    scores = _traced(stressed(model), case).ending(".scores")
+    scores = _traced(model, case).ending(".scores")
     shown = [visible(step.name, step.tensor, case) for step in scores]
     return max((float(torch.where(x > -1e30, x, 0.0).abs().max()) for x in shown), default=1.0) or 1.0
 
@@ -237,9 +284,9 @@ def _finding(
     ):
         return None  # other steps that lead to the same: a sum in another order, say
     free = _alike_by_name(model, theirs, case, FLOORS[kind])
-    with _Operations() as known:  # the same once more, with every operation
+    with _Operations(_real(case)) as known:  # the same once more, with every operation
         theirs = _traced(reference, case)
-    with _Operations() as done:
+    with _Operations(_real(case)) as done:
         own = _traced(model, case, theirs, free)
     for name, actual, wanted, error in _errors(own, theirs, case):
         if error <= FLOORS[kind] or name in free:
@@ -268,12 +315,17 @@ def _alike_by_name(model: nn.Module, theirs: Trace, case: Case, floor: float) ->
     return free
 
 
-def _errors(own: Trace, theirs: Trace, case: Case) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """(name, result, what it should be, relative error) of each step in the order of `own`, then of each output."""
-    expected = {**_results(theirs), **named(theirs.output)}
+def _errors(own: Trace, theirs: Trace, case: Case) -> list[tuple[str, Tensor, Tensor, float]]:
+    """(name, result, what it should be, relative error) of each step in the order of `own`, then of each output; last
+    what has another shape, for it may be something else of the same name.
+    """
+    expected, found = {**_results(theirs), **named(theirs.output)}, []
     for name, actual in [*_results(own).items(), *named(own.output).items()]:
-        if (wanted := expected.get(name)) is not None:
-            yield name, actual, wanted, relative(*_seen(name, actual, wanted, case))
+        wanted = expected.get(name, expected.get(name.partition("#")[0]))
+        if wanted is not None and (name in expected or _part(actual, wanted).shape == actual.shape != wanted.shape):
+            a, b = _seen(own, name, actual, wanted, case)
+            found.append((a.shape != b.shape, (name, actual, wanted, relative(a, b))))
+    return [each for _, each in sorted(found, key=lambda each: each[0])]
 
 
 def _cast(operations: list[_Operation], error: float, dtype: torch.dtype) -> str | None:
@@ -292,29 +344,28 @@ def _place(
     """Where it goes wrong: a step left out on the way; else the first operation whose result the other never has."""
     order = {step.name: number for number, step in enumerate(own)}
     shared = {id(step.tensor): step.name for step in theirs if step.name in order and step.tensor is not wanted}
-    twin, (way, _) = theirs.step(name) if name in theirs else theirs.steps[-1], done.way_to(actual)
+    twin = next((step for step in theirs if step.name in (name, name.partition("#")[0])), theirs.steps[-1])
+    way = done.way_to(actual)[0]
     source = own.step(name).source if name in own else (way or own.steps)[-1].source
-    blamed = _blamed(way, known, {id(step.tensor) for step in theirs})
+    blamed = _blamed(way, known, {id(step.tensor) for step in theirs}, any("#" in step.name for step in own))
     (passed, reached), (here, taken) = known.way_to(wanted, shared), done.way_to(actual, shared)
     left_out = [step for step in _made_by(passed, theirs) if step.name not in order]
-    extra = [step for step in _made_by(here, own) if step.name not in theirs]
+    extra = [step for step in _made_by(here, own) if step.name not in theirs and not step.beside]
     late = any(order[shared[i]] > order.get(name, len(order)) for i in reached)
     if left_out and not late:
         name, twin = left_out[0].name, left_out[0]
         if blamed is None or blamed is way[-1]:
-            beside = [step for step in theirs if step.name in order and _parent(step.name) == _parent(name)]
-            before = [step for step in beside if theirs.steps.index(step) < theirs.steps.index(twin)]
-            if nearest := [*extra[:1], *(own.step(step.name) for step in [*before[-1:], *beside[:1]])]:
+            common = [step for step in theirs if step.name in order and not own.step(step.name).beside]
+            near = [step for step in common if step.name.rpartition(".")[0] == name.rpartition(".")[0]]
+            before = [step for step in near if theirs.steps.index(step) < theirs.steps.index(twin)]
+            if nearest := [*extra[:1], *(own.step(step.name) for step in [*before[-1:], *near[:1]])]:
                 source = nearest[0].source
             elif blamed is not None:
                 source = blamed.source
             return name, source, twin.source, "this step is not computed"
     mine, other = ({shared[i] for i in each} for each in (taken, reached))
-    changes = (
-        [f"with {each.name}, which is computed here alone" for each in extra[:1]]
-        + [f"not of {each}" for each in sorted(other - mine)]
-        + [f"of {each}" for each in sorted(mine - other)]
-    )
+    changes = [f"with {each.name}, which is computed here alone" for each in extra[:1]]
+    changes += [*(f"not of {each}" for each in sorted(other - mine)), *(f"of {each}" for each in sorted(mine - other))]
     why = f"made otherwise: {', '.join(changes)}" if changes else "another result on equal inputs"
     return name, blamed.source if blamed else source, twin.source, why
 
@@ -325,12 +376,8 @@ def _made_by(operations: list[_Operation], trace: Trace) -> list[Step]:
     return [step for step in trace if id(step.tensor) in made]
 
 
-def _parent(step: str) -> str:
-    return step.rpartition(".")[0]
-
-
-def _blamed(way: list[_Operation], known: _Operations, given: set[int]) -> _Operation | None:
-    """The first operation that computes something unlike all that the other side has, or the view that led to it.
+def _blamed(way: list[_Operation], known: _Operations, given: set[int], apart: bool) -> _Operation | None:
+    """The first operation that computes something unlike all that the other side has, and what follows is unlike too.
 
     Where results of earlier steps come in, only what is made of them counts: a mask may be written in many ways.
     """
@@ -339,14 +386,17 @@ def _blamed(way: list[_Operation], known: _Operations, given: set[int]) -> _Oper
         if not reached.isdisjoint(operation.inputs):
             reached.add(id(operation.output))
             follows.append(operation)
-    views: dict[int, _Operation] = {}  # by result: the first on the way to it that is unlike
-    for operation in follows or way:
-        if _version(operation.output) == operation.version and not known.has(operation.output):
-            first = next((views[i] for i in operation.inputs if i in views), operation)
-            if operation.name not in _VIEWS:
-                return first
-            views[id(operation.output)] = first
-    return views.get(id(way[-1].output)) if way else None
+    made, needed, unlike = {id(each.output): each.output for each in way}, {id(each.output) for each in way[-1:]}, None
+    for operation in (each for each in reversed(follows or way) if id(each.output) in needed):
+        if _version(operation.output) == operation.version:
+            # Where steps are computed `apart`, a part of what the other has is as good, unless it is cut here
+            is_cut = operation.name in _VIEWS and any(i in made and known.has(made[i]) for i in operation.inputs)
+            if known.has(operation.output, parts=apart and not is_cut):
+                needed.discard(id(operation.output))
+                continue
+            unlike = operation
+        needed.update(operation.inputs)
+    return unlike
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,9 +411,9 @@ class _Operation:
 class _Operations(TorchFunctionMode):
     """Records what every torch function took and returned, and which line called it."""
 
-    def __enter__(self) -> _Operations:
-        self.all: list[_Operation] = []
-        return super().__enter__()
+    def __init__(self, real: Tensor):
+        super().__init__()
+        self.real, self.all = real, list[_Operation]()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -386,11 +436,16 @@ class _Operations(TorchFunctionMode):
                 needed.update(operation.inputs)
         return way[::-1], needed.intersection(stops)
 
-    def has(self, tensor: Tensor) -> bool:
-        """Whether a result like this, of the same shape, is among them; (T,) and (1, T) are alike."""
-        wanted = _bare(tensor)
-        return any(relative(wanted, found) < 1e-9 for found in (_bare(each.output) for each in self.all)
-                   if found.shape == wanted.shape)  # fmt: skip
+    def has(self, tensor: Tensor, parts: bool = False) -> bool:
+        """Whether it is among the results, or if `parts`, part of one; of another shape by real tokens, or longer."""
+        wanted, found = _bare(tensor), [_bare(each.output) for each in self.all]
+        pairs = [(wanted, each) for each in found if each.shape == wanted.shape]
+        if not pairs:
+            packed = _bare(_tokens(tensor, self.real))
+            pairs = [(packed, _bare(_tokens(each.output, self.real))) for each in self.all]
+            pairs += [(_part(each, wanted), each) for each in found]
+        pairs += [(wanted, _part(wanted, each)) for each in found] if parts else []
+        return any(relative(*pair) < 1e-9 for pair in pairs)
 
 
 def _version(tensor: Tensor) -> int:

@@ -14,6 +14,8 @@ from reference import HEADS, batch_for, twins
 
 import minibert
 from minibert.parity import compare
+from minibert.parity.inputs import Case
+from minibert.parity.steps import visible
 
 # Where no line of mutants.py is at fault: the step, and what its line says
 ELSEWHERE = {
@@ -99,6 +101,8 @@ def test_a_fault_is_a_bug_at_its_line(pair, name, tokens):
         ("nothing computed for padding", "heads of the key interleaved"),
         ("norm by hand", "activation missing"),
         ("attention in two halves", "activation missing"),
+        ("rows packed", "silu by hand"),
+        ("texts one by one", "silu by hand"),
     ],
 )
 def test_a_fault_beside_what_is_none_is_at_its_line_too(pair, way, name):
@@ -128,6 +132,18 @@ def test_a_model_with_other_names_is_rounding():
             assert report.verdict in ("rounding", "same bits"), report
             assert report.passed
             assert report.checks["gradients"]["summary"].endswith(" to the last bit")
+
+
+def test_rows_of_padding_do_not_count_and_all_of_a_text_does():
+    """However many heads or classes there are: as many as tokens, say."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0]])
+    case = Case("case", {"input_ids": mask, "attention_mask": mask})
+    context = torch.randn(3, 3, 3, 4)  # (B, H, T, K)
+    assert torch.equal(visible("attention.self.context#2", context, case), context.transpose(1, 2)[mask.bool()])
+    assert visible("last_hidden_state", context[:, 0], case).shape == (6, 4)
+    assert visible("start_logits", context[:, 0, :, 0], case).shape == (6,)
+    for name in ("pooler_output", "bert.pooler.dense", "seq_relationship_logits", "logits", "classifier"):
+        assert torch.equal(visible(name, context[:, 0, 0], case), context[:2, 0, 0])  # the third begins with padding
 
 
 def test_every_fault_without_a_marked_line_is_listed():
