@@ -355,7 +355,7 @@ class SentenceEncoder(Encoder):
             settings: dict[str, Any] = {"delay": 0 if show else 3, "disable": disable, "leave": bool(show)}
             bar = tqdm(total=total, desc="embed", unit="text", **settings)
         with where as pool, nullcontext() if bar is None else bar:
-            parts = iter([texts]) if isinstance(texts, list) and total == 1 else chunks(texts, size)
+            parts = chunks(texts, size)
             found = (self.embed(part, options) for part in parts) if pool is None else pool.embed(parts, options)
             for result, _ in found:
                 yield result

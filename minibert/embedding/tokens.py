@@ -79,5 +79,8 @@ def _ids(tokenizer: BertTokenizer, texts: list[str]) -> list[list[int]]:
     if type(tokenizer).__call__ is not BertTokenizer.__call__:
         return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     # The same, without the rest of a call, which takes longer than to tokenize a short text
-    request = Request(tokenizer.backend_tokenizer, texts, True, False, tokenizer.split_special_tokens, None, False)
+    request = Request(
+        tokenizer.backend_tokenizer, texts, add_special_tokens=True, is_split_into_words=False,
+        split_special_tokens=tokenizer.split_special_tokens, cut=None, overflow=False,
+    )  # fmt: skip
     return [encoding.ids for encoding in request.encode(offsets=False)[0]]

@@ -222,9 +222,11 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
   const Rows queries = rows_of(query), keys = rows_of(key), values = rows_of(value);
   const int64_t *start = starts.const_data_ptr<int64_t>(), *place = places ? places->const_data_ptr<int64_t>() : nullptr;
   TORCH_CHECK(key.size(1) == D && value.sizes() == key.sizes() && K * heads == D, "query, key and value do not fit");
-  TORCH_CHECK(texts > 0 && start[0] == 0 && std::is_sorted(start, start + texts + 1) && start[texts] <= N,
+  TORCH_CHECK(starts.is_contiguous() && texts > 0 && start[0] == 0 && std::is_sorted(start, start + texts + 1) &&
+                  start[texts] <= N,
               "starts do not fit");
-  TORCH_CHECK(places ? places->size(0) == M && std::is_sorted(place, place + M) : M == N, "places do not fit");
+  TORCH_CHECK(places ? places->is_contiguous() && places->size(0) == M && std::is_sorted(place, place + M) : M == N,
+              "places do not fit");
   TORCH_CHECK(!place || M == 0 || (place[0] >= 0 && place[M - 1] < N), "places do not fit");
   const auto first = [=](int64_t text) {  // of a text's queries
     return place ? std::lower_bound(place, place + M, start[text]) - place : start[text];

@@ -182,6 +182,8 @@ def test_attention_to_what_is_no_number():
         ({"places": torch.tensor([0, 1])}, "places"),
         ({"places": torch.tensor([3, 1, 0, 2])}, "places"),
         ({"places": torch.tensor([0, 1, 2, 9])}, "places"),
+        ({"starts": torch.tensor([0, 3, 4])[::2]}, "starts"),
+        ({"places": torch.tensor([0, 9, 1, 9, 2, 9, 3])[::2]}, "places"),
         ({"heads": 3}, "do not fit"),
         ({"key": torch.ones(8, 4).T}, "one piece"),
         ({"value": torch.ones(3, 8)}, "do not fit"),
