@@ -163,30 +163,30 @@ class BytesProduct(Product):
         x = x if self.smoothing is None else x * self.smoothing
         largest = x.amax(1, keepdim=True) if issubclass(self.kind, Int8AfterGelu) else x.abs().amax(1, keepdim=True)
         scale = (largest / self.kind.levels).clamp_min(self.kind.finest)  # (N, 1)
-        return self.activated(self.multiply(x * scale.reciprocal()) * scale + self.bias)
+        return self.multiply((torch.round(x * scale.reciprocal()) + self.kind.centre).to(torch.uint8), scale)
 
-    def multiply(self, steps: Tensor) -> Tensor:
-        return self.multiply_bytes((torch.round(steps) + self.kind.centre).to(torch.uint8))
-
-    def multiply_bytes(self, rounded: Tensor) -> Tensor:
-        return torch.ops.onednn.qlinear_pointwise.tensor(
+    def multiply(self, rounded: Tensor, steps: Tensor) -> Tensor:
+        product = torch.ops.onednn.qlinear_pointwise.tensor(
             rounded, self.unit, self.centre, self.weight, self.scale, self.zero_points,
             None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
+        return self.activated(product * steps + self.bias)
 
 
 class PanelBytesProduct(BytesProduct):
     """The same by our own kernel: what PanelInt8Linear computes."""
 
     def register_weights(self, inputs: int, outputs: int) -> None:
-        like = self.kind.of_levels(torch.zeros(outputs, inputs, dtype=torch.int8))
-        self.outputs, self.weight, self.scale = outputs, like.weight, like.scale
+        like = self.kind(torch.zeros(outputs, inputs), torch.zeros(outputs))
+        self.outputs, self.weight, self.scale, self.bias = outputs, like.weight, like.scale, like.bias
         self.register_buffer("offsets", like.offsets)
 
-    def multiply_bytes(self, rounded: Tensor) -> Tensor:
-        return torch.ops.minibert_panels.linear_of_bytes.default(
-            rounded, self.weight, self.offsets, self.scale, self.outputs
+    def multiply(self, rounded: Tensor, steps: Tensor) -> Tensor:
+        gelu = is_gelu(self.activation)
+        y = torch.ops.minibert_panels.linear_of_bytes.default(
+            rounded, steps, self.weight, self.offsets, self.scale, self.bias, self.outputs, gelu
         )
+        return y if gelu else self.activated(y)
 
 
 def product(

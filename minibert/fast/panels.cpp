@@ -5,8 +5,6 @@
 // Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication", section 4.
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -95,10 +93,36 @@ constexpr auto tiles(std::integer_sequence<int64_t, R...>) {
 }
 constexpr auto TILES = tiles(std::make_integer_sequence<int64_t, ROWS>());
 
-using Floats = at::vec::Vectorized<float>;
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(float))));
 
-// As torch's own
-Floats gelu(Floats x) { return x * Floats(0.5f) * (Floats(1.0f) + (x * Floats(0.7071067811865475f)).erf()); }
+Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+// e^x for x <= 0, and e^-80 below: 2^n e^r with n = round(x / log 2), which the exponent's bits say, and e^r for
+// |r| <= log(2) / 2 by its series. n is read off the last bits of a sum so large that they count ones.
+Vector exp_of_negative(Vector x) {
+  constexpr float LARGE = 0x1.8p23f, LOG2E = 1.44269504f, LOG2 = 0x1.62ep-1f, REST = 0x1.0bfbe8p-15f;
+  x = x < -80.0f ? Vector{} - 80.0f : x;
+  const Vector sum = x * LOG2E + LARGE, n = sum - LARGE, r = (x - n * LOG2) - n * REST;
+  Vector series = r * (1.0f / 5040) + 1.0f / 720;
+  for (const float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
+  return series * reinterpret_cast<Vector>((reinterpret_cast<Integers>(sum) + 127) << 23);
+}
+
+// x Phi(x) = max(x, 0) - |x| (1 - Phi(|x|)). Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", 7.1.26:
+// within 1.5e-7, as in torch's own.
+Vector gelu(Vector x) {
+  const Vector size = larger(x, -x), t = 1.0f / (0.3275911f * 0.707106781f * size + 1.0f);
+  Vector tail = Vector{} + 1.061405429f;
+  for (const float a : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) tail = tail * t + a;
+  return larger(x, Vector{}) - 0.5f * size * tail * t * exp_of_negative(-0.5f * x * x);
+}
+
+// In place, of rows of 16 or more numbers
+template <int64_t width>
+void gelu(float* y, int64_t rows, int64_t stride) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t w = 0; w < width; w += LANES) store(y + r * stride + w, gelu(load(y + r * stride + w)));
+}
 
 struct Product {
   const float *x, *panels, *bias;
@@ -130,17 +154,15 @@ struct Product {
     const float* biases = bias + panel * WIDTH;
     float* to = y + row * outputs + panel * WIDTH;
     const int64_t width = std::min(WIDTH, outputs - panel * WIDTH);
-    const auto tile = TILES[rows - 1];
-    if (width == WIDTH) {
-      tile(from, inputs, weights, end - start, start ? to : biases, start ? outputs : 0, to, outputs, next, step);
-    } else {
-      float whole[ROWS * WIDTH] = {};  // the last panel is wider than what is left of y
-      for (int64_t r = 0; start && r < rows; r++) std::copy_n(to + r * outputs, width, whole + r * WIDTH);
-      tile(from, inputs, weights, end - start, start ? whole : biases, start ? WIDTH : 0, whole, WIDTH, next, step);
-      for (int64_t r = 0; r < rows; r++) std::copy_n(whole + r * WIDTH, width, to + r * outputs);
-    }
-    for (int64_t r = 0; then_gelu && end == inputs && r < rows; r++)
-      at::vec::map(gelu, to + r * outputs, to + r * outputs, width);
+    const bool fits = width == WIDTH;
+    float whole[ROWS * WIDTH];  // the last panel may be wider than what is left of y
+    float* place = fits ? to : whole;
+    const int64_t stride = fits ? outputs : WIDTH;
+    for (int64_t r = 0; !fits && start && r < rows; r++) std::copy_n(to + r * outputs, width, whole + r * WIDTH);
+    TILES[rows - 1](from, inputs, weights, end - start, start ? place : biases, start ? stride : 0, place, stride, next,
+                    step);
+    if (then_gelu && end == inputs) gelu<WIDTH>(place, rows, stride);
+    for (int64_t r = 0; !fits && r < rows; r++) std::copy_n(whole + r * WIDTH, width, to + r * outputs);
   }
 };
 
@@ -167,15 +189,26 @@ struct Rows {
   const float* operator[](int64_t row) const { return first + row * stride; }
 };
 
-// (R, L) scores, `wide` apart -> softmax of each row, zeros from L to `wide`
-void softmax(float* scores, int64_t rows, int64_t L, int64_t wide) {
-  for (float* row = scores; row < scores + rows * wide; row += wide) {
-    std::fill(row + L, row + wide, -std::numeric_limits<float>::infinity());
-    const float largest = at::vec::reduce_all([](Floats a, Floats b) { return at::vec::maximum(a, b); }, row, wide);
-    at::vec::map([=](Floats x) { return (x - Floats(largest)).exp(); }, row, row, wide);
-    const float sum = at::vec::reduce_all([](Floats a, Floats b) { return a + b; }, row, wide);
-    at::vec::map([=](Floats x) { return x / Floats(sum); }, row, row, wide);
+// (LANES,) -> their sum, or whatever `join` makes of two
+template <typename Join>
+float reduced(Vector x, const Join& join) {
+  float result = x[0];
+  for (int64_t lane = 1; lane < LANES; lane++) result = join(result, x[lane]);
+  return result;
+}
+
+// L scores, filled up to `wide` -> e^(score - the largest), in place. Returns their sum.
+float exponentials(float* scores, int64_t L, int64_t wide) {
+  std::fill(scores + L, scores + wide, -std::numeric_limits<float>::infinity());
+  Vector most = load(scores), sum{};
+  for (int64_t w = LANES; w < wide; w += LANES) most = larger(most, load(scores + w));
+  const float largest = reduced(most, [](float a, float b) { return a > b ? a : b; });
+  for (int64_t w = 0; w < wide; w += LANES) {
+    const Vector y = exp_of_negative(load(scores + w) - largest);
+    store(scores + w, y);
+    sum += y;
   }
+  return reduced(sum, [](float a, float b) { return a + b; });
 }
 
 // One head on one text: query (M, K), key and value (L, K) -> y (M, K), whose rows are y_stride apart. A few rows of
@@ -200,11 +233,13 @@ void attend(Rows query, int64_t M, Rows key, Rows value, int64_t L, int64_t K, f
     const auto tile = TILES[rows - 1];
     for (int64_t p = 0; p < columns; p++)
       tile(query[row], query.stride, keys + p * K * WIDTH, K, ZEROS, 0, scores + p * WIDTH, wide, keys, 0);
-    softmax(scores, rows, L, wide);
+    float sums[ROWS];
+    for (int64_t r = 0; r < rows; r++) sums[r] = exponentials(scores + r * wide, L, wide);
     for (int64_t p = 0; p < parts; p++) {
       tile(scores, wide, values + p * L * WIDTH, L, ZEROS, 0, context, WIDTH, values, 0);
-      for (int64_t r = 0; r < rows; r++)
-        std::copy_n(context + r * WIDTH, std::min(WIDTH, K - p * WIDTH), y + (row + r) * y_stride + p * WIDTH);
+      for (int64_t r = 0; r < rows; r++)  // softmax's division, of what is less
+        for (int64_t k = 0; k < std::min(WIDTH, K - p * WIDTH); k++)
+          y[(row + r) * y_stride + p * WIDTH + k] = context[r * WIDTH + k] / sums[r];
     }
   }
 }
@@ -263,10 +298,12 @@ __m256i four_products(__m256i sum, __m256i x, __m256i weights) {
   return sum;
 }
 
-// y (R, BYTE_WIDTH) = (x (R, groups, FOUR) times a panel (groups, BYTE_WIDTH, FOUR), less offsets) times scales
+// y (R, BYTE_WIDTH) = (x (R, groups, FOUR) times a panel (groups, BYTE_WIDTH, FOUR), less offsets) times the panel's
+// scales and the row's `steps`, and a bias
 template <int64_t R>
 void byte_tile(const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t groups, const int32_t* offsets,
-               const float* scales, float* y, int64_t y_stride, const int8_t* next, int64_t step) {
+               const float* scales, const float* steps, const float* bias, float* y, int64_t y_stride,
+               const int8_t* next, int64_t step) {
   __m256i sum[R][2];
 #pragma GCC unroll 12
   for (int64_t r = 0; r < R; r++) {
@@ -292,7 +329,9 @@ void byte_tile(const uint8_t* x, int64_t x_stride, const int8_t* panel, int64_t 
     for (int64_t half = 0; half < 2; half++) {
       const auto* off = reinterpret_cast<const __m256i*>(offsets) + half;
       const __m256 product = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[r][half], _mm256_loadu_si256(off)));
-      _mm256_storeu_ps(y + r * y_stride + half * 8, _mm256_mul_ps(product, _mm256_loadu_ps(scales + half * 8)));
+      const __m256 scaled = _mm256_mul_ps(product, _mm256_loadu_ps(scales + half * 8));
+      const __m256 result = _mm256_fmadd_ps(scaled, _mm256_set1_ps(steps[r]), _mm256_loadu_ps(bias + half * 8));
+      _mm256_storeu_ps(y + r * y_stride + half * 8, result);
     }
   }
 }
@@ -303,38 +342,55 @@ constexpr auto byte_tiles(std::integer_sequence<int64_t, R...>) {
 }
 constexpr auto BYTE_TILES = byte_tiles(std::make_integer_sequence<int64_t, BYTE_ROWS>());
 
-// (N, inputs) of uint8, panels of `lay_out_bytes`, their offsets and scales -> (N, outputs) of float32
-at::Tensor linear_of_bytes(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& offsets,
-                           const at::Tensor& scales, int64_t outputs) {
+struct ByteProduct {
+  const uint8_t* x;
+  const int8_t* panels;
+  const int32_t* offsets;
+  const float *scales, *steps, *bias;
+  float* y;
+  int64_t groups, outputs;
+  bool then_gelu;
+
+  void compute(int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) const {
+    const int64_t tiles = (row_end - row + BYTE_ROWS - 1) / BYTE_ROWS, step = BYTE_WIDTH * FOUR / tiles;
+    for (int64_t p = panel; p < panel_end; p++)
+      for (int64_t tile = 0; tile < tiles; tile++)
+        compute_tile(row + (row_end - row) * tile / tiles, row + (row_end - row) * (tile + 1) / tiles, p,
+                     tile * groups * step, step);
+  }
+
+  void compute_tile(int64_t row, int64_t row_end, int64_t panel, int64_t ahead, int64_t step) const {
+    const int64_t rows = row_end - row, inputs = groups * FOUR, at = panel * BYTE_WIDTH;
+    const int64_t width = std::min(BYTE_WIDTH, outputs - at);
+    const bool fits = width == BYTE_WIDTH;
+    float whole[BYTE_ROWS * BYTE_WIDTH];  // the last panel may be wider than what is left of y
+    float *to = y + row * outputs + at, *place = fits ? to : whole;
+    const int64_t stride = fits ? outputs : BYTE_WIDTH;
+    BYTE_TILES[rows - 1](x + row * inputs, inputs, panels + at * inputs, groups, offsets + at, scales + at, steps + row,
+                         bias + at, place, stride, panels + (at + BYTE_WIDTH) * inputs + ahead, step);
+    if (then_gelu) gelu<BYTE_WIDTH>(place, rows, stride);
+    for (int64_t r = 0; !fits && r < rows; r++) std::copy_n(whole + r * BYTE_WIDTH, width, to + r * outputs);
+  }
+};
+
+// (N, inputs) of uint8 in steps (N, 1), panels of `lay_out_bytes`, their offsets, scales and biases -> (N, outputs) of
+// float32
+at::Tensor linear_of_bytes(const at::Tensor& x, const at::Tensor& steps, const at::Tensor& panels,
+                           const at::Tensor& offsets, const at::Tensor& scales, const at::Tensor& bias,
+                           int64_t outputs, bool gelu) {
   const int64_t rows = x.size(0), count = panels.size(0), groups = panels.size(1), inputs = groups * FOUR;
-  TORCH_CHECK((x.size(1) + FOUR - 1) / FOUR == groups && offsets.size(0) == count * BYTE_WIDTH &&
-                  scales.size(0) == count * BYTE_WIDTH && outputs <= count * BYTE_WIDTH,
+  const auto fit = [=](const at::Tensor& of_outputs) { return of_outputs.size(0) == count * BYTE_WIDTH; };
+  TORCH_CHECK((x.size(1) + FOUR - 1) / FOUR == groups && steps.numel() == rows && fit(offsets) && fit(scales) &&
+                  fit(bias) && outputs <= count * BYTE_WIDTH,
               "x and panels do not fit");
   const at::Tensor input = (x.size(1) == inputs ? x : at::constant_pad_nd(x, {0, inputs - x.size(1)})).contiguous();
+  const at::Tensor of_rows = steps.contiguous();
   at::Tensor y = at::empty({rows, outputs}, scales.options());
-  const auto *from = input.const_data_ptr<uint8_t>();
-  const auto *weights = panels.const_data_ptr<int8_t>();
-  const auto *offset = offsets.const_data_ptr<int32_t>();
-  const auto *scale = scales.const_data_ptr<float>();
-  auto* to = y.mutable_data_ptr<float>();
-  in_parallel(rows, count, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-    const int64_t tiles = (row_end - row + BYTE_ROWS - 1) / BYTE_ROWS, step = BYTE_WIDTH * FOUR / tiles;
-    for (int64_t p = panel; p < panel_end; p++) {
-      const int8_t* weight = weights + p * inputs * BYTE_WIDTH;
-      const int64_t width = std::min(BYTE_WIDTH, outputs - p * BYTE_WIDTH);
-      for (int64_t tile = 0; tile < tiles; tile++) {
-        const int64_t first = row + (row_end - row) * tile / tiles, end = row + (row_end - row) * (tile + 1) / tiles;
-        float whole[BYTE_ROWS * BYTE_WIDTH];  // the last panel may be wider than what is left of y
-        float* place = to + first * outputs + p * BYTE_WIDTH;
-        const bool fits = width == BYTE_WIDTH;
-        BYTE_TILES[end - first - 1](from + first * inputs, inputs, weight, groups, offset + p * BYTE_WIDTH,
-                                    scale + p * BYTE_WIDTH, fits ? place : whole, fits ? outputs : BYTE_WIDTH,
-                                    weight + inputs * BYTE_WIDTH + tile * groups * step, step);
-        for (int64_t r = 0; !fits && r < end - first; r++)
-          std::copy_n(whole + r * BYTE_WIDTH, width, place + r * outputs);
-      }
-    }
-  });
+  const ByteProduct product{input.const_data_ptr<uint8_t>(), panels.const_data_ptr<int8_t>(),
+                            offsets.const_data_ptr<int32_t>(), scales.const_data_ptr<float>(),
+                            of_rows.const_data_ptr<float>(), bias.const_data_ptr<float>(), y.mutable_data_ptr<float>(),
+                            groups, outputs, gelu};
+  in_parallel(rows, count, [&](auto... part) { product.compute(part...); });
   return y;
 }
 
@@ -348,7 +404,9 @@ TORCH_LIBRARY(minibert_panels, library) {
   library.def("linear(Tensor x, Tensor panels, Tensor bias, int outputs, bool gelu) -> Tensor");
   library.def("lay_out(Tensor weight) -> Tensor");
   library.def("attention(Tensor query, Tensor key, Tensor value, Tensor starts, Tensor? places, int heads) -> Tensor");
-  library.def("linear_of_bytes(Tensor x, Tensor panels, Tensor offsets, Tensor scales, int outputs) -> Tensor");
+  library.def(
+      "linear_of_bytes(Tensor x, Tensor steps, Tensor panels, Tensor offsets, Tensor scales, Tensor bias, int outputs, "
+      "bool gelu) -> Tensor");
   library.def("lay_out_bytes(Tensor weight) -> Tensor");
 }
 

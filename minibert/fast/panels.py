@@ -52,15 +52,30 @@ class PanelLinear(UnfusedLinear):
 class PanelInt8Linear(Int8Linear):
     """Int8Linear by our own kernel."""
 
+    def __init__(
+        self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None, magnitudes: Tensor | None = None
+    ):
+        super().__init__(weight, bias, activation, magnitudes)
+        self.bias = _filled_up(self.bias, self.weight)
+        self.gelu = activation is not None and is_gelu(activation.name)
+        if self.gelu:
+            self.activation = None  # the kernel's work
+
     def _pack(self, rounded: Tensor) -> None:
         self.outputs = len(rounded)
         self.weight = torch.ops.minibert_panels.lay_out_bytes(rounded)
         offsets = self.centre * rounded.sum(1, dtype=torch.int32)
         self.offsets, self.scale = (_filled_up(x, self.weight) for x in (offsets, self.scale))
 
+    def _scaled(self, steps: Tensor, scale: Tensor) -> Tensor:
+        return self._linear(self._rounded(steps), scale, self.bias, self.gelu)
+
     def multiply_bytes(self, rounded: Tensor) -> Tensor:
+        return self._linear(rounded, torch.ones(len(rounded), 1), torch.zeros(len(self.scale)), False)
+
+    def _linear(self, rounded: Tensor, steps: Tensor, bias: Tensor, gelu: bool) -> Tensor:
         return torch.ops.minibert_panels.linear_of_bytes.default(
-            rounded, self.weight, self.offsets, self.scale, self.outputs
+            rounded, steps, self.weight, self.offsets, self.scale, bias, self.outputs, gelu
         )
 
 
@@ -110,7 +125,9 @@ def record() -> None:
         return bias.new_empty(x.shape[0], outputs)
 
     @torch.library.register_fake("minibert_panels::linear_of_bytes")
-    def _(x: Tensor, panels: Tensor, offsets: Tensor, scales: Tensor, outputs: int) -> Tensor:
+    def _(
+        x: Tensor, steps: Tensor, panels: Tensor, offsets: Tensor, scales: Tensor, bias: Tensor, outputs: int, gelu: bool
+    ) -> Tensor:
         return scales.new_empty(x.shape[0], outputs)
 
     @torch.library.register_fake("minibert_panels::attention")
@@ -148,11 +165,10 @@ def _is_whole(path: Path) -> bool:
 
 def _compile(path: Path) -> bool:
     chosen, home = next(filter(shutil.which, compilers())), Path(torch.__file__).parent
-    vectors = "-DCPU_CAPABILITY_" + torch.backends.cpu.get_cpu_capability().replace(" ", "_")  # for exp, erf
     places = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}", f"-L{home / 'lib'}"]
     with tempfile.TemporaryDirectory(prefix="minibert-") as work:
         library, source = Path(work, "panels.so"), Path(__file__).with_name(SOURCE)
-        command = [chosen, *_FLAGS, vectors, str(source), *places, "-ltorch_cpu", "-lc10", "-o", str(library)]
+        command = [chosen, *_FLAGS, str(source), *places, "-ltorch_cpu", "-lc10", "-o", str(library)]
         content = run(command, library)
     write(path, content)
     write(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest())

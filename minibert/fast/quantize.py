@@ -85,7 +85,10 @@ class Int8Linear:
     def _product(self, x: Tensor) -> Tensor:
         x = x.float() if self.smoothing is None else x.float() * self.smoothing
         scale = (self._largest(x) / self.levels).clamp_min_(self.finest)  # (N, 1)
-        product = self.multiply(x * scale.reciprocal())
+        return self._scaled(x * scale.reciprocal(), scale)
+
+    def _scaled(self, steps: Tensor, scale: Tensor) -> Tensor:
+        product = self.multiply(steps)
         return torch.addcmul(self.bias, product, scale, out=product)
 
     def _largest(self, x: Tensor) -> Tensor:
