@@ -16,11 +16,18 @@ from torch.nn import functional
 from minibert.activations import ACTIVATIONS
 from minibert.fast.encoder import GELUS, CpuEngine, Kernels, Linear
 from minibert.fast.onednn import POST_OPS, PrepackedLinear, UnfusedLinear
-from minibert.fast.panels import PanelInt8AfterGelu, PanelInt8Linear, PanelLinear, is_gelu, laid_out
+from minibert.fast.panels import (
+    PanelBfloat16Linear,
+    PanelInt8AfterGelu,
+    PanelInt8Linear,
+    PanelLinear,
+    is_gelu,
+    laid_out,
+)
 from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
 from minibert.model import BertModel
 
-_FLOATS = (PrepackedLinear, UnfusedLinear, PanelLinear, Bfloat16Linear)
+_FLOATS = (PrepackedLinear, UnfusedLinear, PanelLinear, PanelBfloat16Linear, Bfloat16Linear)
 _BYTES = (Int8Linear, Int8AfterGelu, PanelInt8Linear, PanelInt8AfterGelu)
 KINDS: dict[str, type[Linear]] = {kind.__name__: kind for kind in (*_FLOATS, *_BYTES)}
 
@@ -133,7 +140,7 @@ class PanelProduct(Product):
     def __init__(self, kind: str, inputs: int, outputs: int, dtype: torch.dtype, activation: str = ""):
         super().__init__(kind, inputs, outputs, dtype, activation)
         self.outputs = outputs
-        self.weight, self.bias = laid_out(self.weight, self.bias)
+        self.weight, self.bias = laid_out(self.weight.to(self.kind.weights), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs) -> (N, outputs)."""

@@ -55,24 +55,37 @@ at::Tensor in_panels(const at::Tensor& weight, int64_t width, int64_t D) {
 }
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
 
+struct Pair {
+  Vector left, right;
+};
+
+// One input's weights. bfloat16 is the upper half of a float: two of them lie in the place of one, the left one below
+Pair load_weights(const float* from) { return {load(from), load(from + LANES)}; }
+Pair load_weights(const at::BFloat16* from) {
+  const Bits both = *reinterpret_cast<const Bits*>(from);
+  return {reinterpret_cast<Vector>(both << 16), reinterpret_cast<Vector>(both & 0xffff0000u)};
+}
+
 // y (R, WIDTH) = before (R, WIDTH) + x (R, inputs) times some inputs of a panel, (inputs, WIDTH). Strides are from row to
 // row, 0 for the same row again. With each input, memory is asked for `step` numbers more of `next`, into the second
 // cache: the weights that come next, in as many parts as tiles go through the same panel.
-template <int64_t R>
-void tile(const float* x, int64_t x_stride, const float* panel, int64_t inputs, const float* before,
-          int64_t before_stride, float* y, int64_t y_stride, const float* next, int64_t step) {
+template <typename Weight, int64_t R>
+void tile(const float* x, int64_t x_stride, const Weight* panel, int64_t inputs, const float* before,
+          int64_t before_stride, float* y, int64_t y_stride, const Weight* next, int64_t step) {
   Vector sum[R][2];
 #pragma GCC unroll 12
   for (int64_t r = 0; r < R; r++) {
     sum[r][0] = sum[r][1] = Vector{};
     __builtin_prefetch(y + r * y_stride, 1);  // rows of y lie far apart: without it, each tile waits for them at its end
   }
+#pragma GCC unroll 4
   for (int64_t i = 0; i < inputs; i++) {
-    const Vector left = load(panel + i * WIDTH), right = load(panel + i * WIDTH + LANES);
+    const auto [left, right] = load_weights(panel + i * WIDTH);
     __builtin_prefetch(next + i * step, 0, 2);
 #pragma GCC unroll 12
     for (int64_t r = 0; r < R; r++) {
@@ -87,11 +100,12 @@ void tile(const float* x, int64_t x_stride, const float* panel, int64_t inputs, 
   }
 }
 
-template <int64_t... R>
+template <typename Weight, int64_t... R>
 constexpr auto tiles(std::integer_sequence<int64_t, R...>) {
-  return std::array{tile<R + 1>...};
+  return std::array{tile<Weight, R + 1>...};
 }
-constexpr auto TILES = tiles(std::make_integer_sequence<int64_t, ROWS>());
+template <typename Weight>
+constexpr auto TILES = tiles<Weight>(std::make_integer_sequence<int64_t, ROWS>());
 
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(float))));
 
@@ -124,8 +138,11 @@ void gelu(float* y, int64_t rows, int64_t stride) {
     for (int64_t w = 0; w < width; w += LANES) store(y + r * stride + w, gelu(load(y + r * stride + w)));
 }
 
+template <typename Weight>
 struct Product {
-  const float *x, *panels, *bias;
+  const float* x;
+  const Weight* panels;
+  const float* bias;
   float* y;
   int64_t inputs, outputs;
   bool then_gelu;
@@ -136,11 +153,11 @@ struct Product {
     for (int64_t piece = 0; piece < pieces; piece++) {
       const int64_t start = inputs * piece / pieces, end = inputs * (piece + 1) / pieces;
       for (int64_t p = panel; p < panel_end; p++) {
-        const float* weights = panels + (p * inputs + start) * WIDTH;
+        const Weight* weights = panels + (p * inputs + start) * WIDTH;
         for (int64_t block = 0; block < blocks; block++) {
           const int64_t from = row + rows * block / blocks, count = row + rows * (block + 1) / blocks - from;
           const int64_t step = WIDTH / blocks;
-          const float* next = weights + inputs * WIDTH + block * (end - start) * step;
+          const Weight* next = weights + inputs * WIDTH + block * (end - start) * step;
           compute_tile(from, count, p, start, end, next, step);
         }
       }
@@ -148,10 +165,10 @@ struct Product {
   }
 
   // What the inputs from .. to add to one tile, or at the first of them, to its bias; after the last, its GELU
-  void compute_tile(int64_t row, int64_t rows, int64_t panel, int64_t start, int64_t end, const float* next,
+  void compute_tile(int64_t row, int64_t rows, int64_t panel, int64_t start, int64_t end, const Weight* next,
                     int64_t step) const {
-    const float *from = x + row * inputs + start, *weights = panels + (panel * inputs + start) * WIDTH;
-    const float* biases = bias + panel * WIDTH;
+    const float *from = x + row * inputs + start, *biases = bias + panel * WIDTH;
+    const Weight* weights = panels + (panel * inputs + start) * WIDTH;
     float* to = y + row * outputs + panel * WIDTH;
     const int64_t width = std::min(WIDTH, outputs - panel * WIDTH);
     const bool fits = width == WIDTH;
@@ -159,27 +176,38 @@ struct Product {
     float* place = fits ? to : whole;
     const int64_t stride = fits ? outputs : WIDTH;
     for (int64_t r = 0; !fits && start && r < rows; r++) std::copy_n(to + r * outputs, width, whole + r * WIDTH);
-    TILES[rows - 1](from, inputs, weights, end - start, start ? place : biases, start ? stride : 0, place, stride, next,
-                    step);
+    TILES<Weight>[rows - 1](from, inputs, weights, end - start, start ? place : biases, start ? stride : 0, place,
+                            stride, next, step);
     if (then_gelu && end == inputs) gelu<WIDTH>(place, rows, stride);
     for (int64_t r = 0; !fits && r < rows; r++) std::copy_n(whole + r * WIDTH, width, to + r * outputs);
   }
 };
 
-// (N, inputs), panels of `lay_out`, their biases -> (N, outputs)
+// (N, inputs), panels of `lay_out`, in float32 or bfloat16, their biases -> (N, outputs), or GELUs of it
 at::Tensor linear(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, int64_t outputs, bool gelu) {
   const at::Tensor input = x.contiguous();
   const int64_t rows = input.size(0), inputs = input.size(1), count = panels.size(0);
   TORCH_CHECK(panels.size(1) == inputs && bias.size(0) == count * WIDTH && outputs <= count * WIDTH,
               "x and panels do not fit");
   at::Tensor y = at::empty({rows, outputs}, input.options());
-  const Product product{input.const_data_ptr<float>(), panels.const_data_ptr<float>(), bias.const_data_ptr<float>(),
-                        y.mutable_data_ptr<float>(), inputs, outputs, gelu};
-  in_parallel(rows, count, [&](auto... part) { product.compute(part...); });
+  const auto multiply = [&](const auto* weights) {
+    const Product product{input.const_data_ptr<float>(), weights, bias.const_data_ptr<float>(),
+                          y.mutable_data_ptr<float>(), inputs, outputs, gelu};
+    in_parallel(rows, count, [&](auto... part) { product.compute(part...); });
+  };
+  if (panels.scalar_type() == at::kBFloat16)
+    multiply(panels.const_data_ptr<at::BFloat16>());
+  else
+    multiply(panels.const_data_ptr<float>());
   return y;
 }
 
-at::Tensor lay_out(const at::Tensor& weight) { return in_panels(weight, WIDTH, 1).squeeze(-1); }
+// (outputs, inputs) -> (P, inputs, WIDTH); of bfloat16, one of the left half of a panel and one of the right in turn
+at::Tensor lay_out(const at::Tensor& weight) {
+  const at::Tensor panels = in_panels(weight, WIDTH, 1).squeeze(-1);
+  if (weight.scalar_type() != at::kBFloat16) return panels;
+  return panels.unflatten(-1, {2, LANES}).transpose(-1, -2).contiguous().view(panels.sizes());
+}
 
 // Rows of a matrix: `stride` numbers from one to the next
 struct Rows {
@@ -230,7 +258,7 @@ void attend(Rows query, int64_t M, Rows key, Rows value, int64_t L, int64_t K, f
       std::copy_n(value[l] + p * WIDTH, std::min(WIDTH, K - p * WIDTH), values + (p * L + l) * WIDTH);
   for (int64_t row = 0; row < M; row += ROWS) {
     const int64_t rows = std::min(ROWS, M - row);
-    const auto tile = TILES[rows - 1];
+    const auto tile = TILES<float>[rows - 1];
     for (int64_t p = 0; p < columns; p++)
       tile(query[row], query.stride, keys + p * K * WIDTH, K, ZEROS, 0, scores + p * WIDTH, wide, keys, 0);
     float sums[ROWS];

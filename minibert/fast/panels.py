@@ -1,4 +1,4 @@
-"""Linear layers in float32 and in bytes, and attention, by kernels of our own, panels.cpp, compiled for this CPU.
+"""Linear layers in float32, with weights in bfloat16, and in bytes, and attention, by kernels of our own, panels.cpp.
 
 For a short text a product is as fast as its weights come from memory. oneDNN and MKL, whose kernels are made for many
 rows, read them at 8 to 11 GB/s where memory gives 20 and more (12 to 16 rows, two cores of a Zen 3); and for bytes
@@ -35,18 +35,27 @@ _lock = threading.Lock()
 class PanelLinear(UnfusedLinear):
     """y = activation(x W^T + b), or x W^T + b + residual, for x (N, in) of float32, once `load` found no obstacle."""
 
+    weights = torch.float32
+
     def __init__(self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None):
         super().__init__(weight, bias, activation)
         self.gelu = activation is not None and is_gelu(activation.name)
         if self.gelu:
             self.activation = None  # the kernel's work
+        self.nbytes = weight.numel() * self.weights.itemsize
 
     def _lay_out(self, weight: Tensor, bias: Tensor) -> None:
         self.outputs = len(weight)
-        self.weight, self.bias = laid_out(weight.detach(), bias.detach())
+        self.weight, self.bias = laid_out(weight.detach().to(self.weights), bias.detach())
 
     def _product(self, x: Tensor) -> Tensor:
         return torch.ops.minibert_panels.linear.default(x, self.weight, self.bias, self.outputs, self.gelu)
+
+
+class PanelBfloat16Linear(PanelLinear):
+    """The same with weights rounded to bfloat16, half as much to read; x, products and sums stay in float32."""
+
+    weights = torch.bfloat16
 
 
 class PanelInt8Linear(Int8Linear):

@@ -20,7 +20,7 @@ from minibert.fast.encoder import CpuEngine, Kernels, Linear
 from minibert.fast.graph import shape_of
 from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
 from minibert.fast.optimized import OptimizedModel
-from minibert.fast.panels import PanelInt8AfterGelu, PanelInt8Linear, PanelLinear
+from minibert.fast.panels import PanelBfloat16Linear, PanelInt8AfterGelu, PanelInt8Linear, PanelLinear
 from minibert.fast.quantize import (
     Bfloat16Linear,
     FbgemmInt8AfterGelu,
@@ -41,22 +41,29 @@ _LOSS = 4  # a dtype is refused when slower than float32 by this much, again and
 _TRIES = 3
 _EMULATED = 20  # and is not even tried in full size when slower by this much in a small one: it could take minutes
 _FBGEMM = "int8 by FBGEMM"  # the other library that torch has for products of bytes, operation by operation
-_PANELS, _BYTES_PANELS = "float32 by panels", "int8 by panels"  # our own kernels, where they are compiled
+# Our own kernels, where they are compiled, by dtype
+_PANELS, _HALF_PANELS, _BYTES_PANELS = (f"{dtype} by panels" for dtype in ("float32", "bfloat16", "int8"))
 _INT8: dict[str, type[Int8Linear]] = {"int8": Int8Linear, _FBGEMM: FbgemmInt8Linear, _BYTES_PANELS: PanelInt8Linear}
-_FLOAT32: dict[str, type[Linear]] = {**_INT8, _PANELS: PanelLinear}  # what takes and gives float32
+# What takes and gives float32
+_FLOAT32: dict[str, type[Linear]] = {**_INT8, _PANELS: PanelLinear, _HALF_PANELS: PanelBfloat16Linear}
 _AFTER_GELU: dict[type[Linear], type[Linear]] = {
     Int8Linear: Int8AfterGelu,
     FbgemmInt8Linear: FbgemmInt8AfterGelu,
     PanelInt8Linear: PanelInt8AfterGelu,
 }
 # oneDNN's in the place of others: where our own are not compiled, and where a graph is made of them
-_WITHOUT_PANELS = {PanelLinear: UnfusedLinear, PanelInt8Linear: Int8Linear, PanelInt8AfterGelu: Int8AfterGelu}
+_WITHOUT_PANELS = {
+    PanelLinear: UnfusedLinear,
+    PanelBfloat16Linear: UnfusedLinear,  # in float32
+    PanelInt8Linear: Int8Linear,
+    PanelInt8AfterGelu: Int8AfterGelu,
+}
 _IN_A_GRAPH = {PlainLinear: UnfusedLinear, FbgemmInt8Linear: Int8Linear, FbgemmInt8AfterGelu: Int8AfterGelu}
 # What a product may be off by, in units of its largest value
 _ALLOWED = {
     "plain": 0.0,
     **dict.fromkeys(("float32", _PANELS), 1e-4),
-    "bfloat16": 0.03,
+    **dict.fromkeys(("bfloat16", _HALF_PANELS), 0.03),
     "float16": 0.01,
     **dict.fromkeys(_INT8, 0.1),
 }
@@ -199,10 +206,11 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
         if with_gelu["unfused"] < with_gelu.get(name, float("inf")):
             unfused.add(name)
     against = {}
-    for name in (_PANELS, _FBGEMM, _BYTES_PANELS):
+    onednn_kinds = {"float32": PrepackedLinear, "bfloat16": Bfloat16Linear, "int8": Int8Linear}
+    for name in (_PANELS, _HALF_PANELS, _FBGEMM, _BYTES_PANELS):
         onednn = _dtype_of(name)
         if {name, onednn} <= seconds.keys():
-            both = {each: kernels[each][0] for each in (onednn, name)}
+            both = {onednn: onednn_kinds[onednn], name: kernels[name][0]}
             against[name] = {rows: _gain(both, D, F, rows) for rows in (_SHORT, _MANY)}
     speeds = {name: 2 * _ROWS * D * F / s / 1e9 for name, s in seconds.items()}
     return Speeds(speeds, obstacles | wrong, frozenset(unfused), against)
@@ -210,7 +218,7 @@ def _measured(names: tuple[str, ...], D: int, F: int, threads: int, attempt: int
 
 def _obstacle(name: str) -> str:
     """Why this build of torch or this CPU cannot compute in a dtype by oneDNN, or by other kernels, or ""."""
-    if name in (_PANELS, _BYTES_PANELS):
+    if name in (_PANELS, _HALF_PANELS, _BYTES_PANELS):
         missing = panels.load()
     elif name == _FBGEMM:
         has = "fbgemm" in torch.backends.quantized.supported_engines
@@ -285,8 +293,9 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
                 return CpuPlan(wanted, kernels, package.measured, compile)
     others = {"auto": ["bfloat16"], "int8": ["int8", _FBGEMM, "bfloat16"], "float32": []}.get(wanted, [wanted])
     without_panels = panels.make() if compile else ""
-    if compile and not without_panels and wanted in ("auto", "int8", "float32"):
-        others += [_PANELS, _BYTES_PANELS] if wanted == "int8" else [_PANELS]
+    if compile and not without_panels:
+        own = {"int8": [_PANELS, _BYTES_PANELS], "bfloat16": [_HALF_PANELS], "float16": []}
+        others += own.get(wanted, [_PANELS])
     for attempt in range(_TRIES):  # other work on the machine makes everything look slow at times
         speeds = measure(others, model.config.hidden_size, model.config.intermediate_size, attempt)
         if wanted in ("auto", "float32") or speeds.of(wanted) > speeds.float32:
@@ -295,7 +304,8 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
         wanted, why = "bfloat16" if speeds.gains("bfloat16") else "float32", "the fastest of these"
     elif speeds.of(wanted) * _LOSS < speeds.float32 and wanted != "float32":
         reason = speeds.obstacles.get(wanted, f"{speeds.of(wanted):.0f} GFLOP/s, float32 has {speeds.float32:.0f}")
-        raise ValueError(f"dtype={wanted!r}: this CPU is slow at it ({reason}); use 'auto' or 'float32'")
+        instead = "compile=True, 'auto' or 'float32'" if wanted == "bfloat16" and not compile else "'auto' or 'float32'"
+        raise ValueError(f"dtype={wanted!r}: this CPU is slow at it ({reason}); use {instead}")
     kernels = _kernels(wanted, speeds, bool(compile) and not without_panels)
     if kernels.careful is not kernels.linear:
         why += f"; values and heads on {kernels.careful.__name__}, attention in {NAMES[kernels.attention]}"
@@ -318,6 +328,8 @@ def _kernels(name: str, speeds: Speeds, compiles: bool) -> Kernels:
         return _int8(_INT8[speeds.fastest("int8", other)], Bfloat16Linear if bfloat16 else float32)
     if name == "float32":
         return _all(torch.float32, float32)
+    if name == "bfloat16" and speeds.fastest(name, _HALF_PANELS) == _HALF_PANELS:
+        return _all(torch.float32, PanelBfloat16Linear)
     return _all(getattr(torch, name), PlainLinear if name in speeds.obstacles else _prepacked(name, speeds))
 
 
@@ -331,8 +343,11 @@ def _compilable(name: str) -> list[Kernels]:
     if name == "int8":
         careful = [Bfloat16Linear, PanelLinear, *onednn]
         return [_int8(*each) for each in product((PanelInt8Linear, Int8Linear), careful)]
-    kinds = [PanelLinear, *onednn] if name == "float32" else onednn
-    return [] if name == "auto" else [_all(getattr(torch, name), linear) for linear in kinds]
+    if name == "auto":
+        return []
+    own = {"float32": [PanelLinear], "bfloat16": [PanelBfloat16Linear]}.get(name, [])
+    others = [_all(getattr(torch, name), linear) for linear in onednn]
+    return [_all(torch.float32, linear) for linear in own] + others
 
 
 def _to_be_had(kernels: Kernels) -> Kernels:

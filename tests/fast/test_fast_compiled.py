@@ -74,7 +74,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 @needs_onednn
 @needs_compiler
-@pytest.mark.parametrize("linear", [plan.PrepackedLinear, plan.UnfusedLinear, plan.PanelLinear])
+@pytest.mark.parametrize("linear", [plan.PrepackedLinear, plan.UnfusedLinear, plan.PanelLinear, plan.PanelBfloat16Linear])
 def test_what_is_compiled_computes_what_the_engine_does(linear, kernels):
     kernels = plan._all(torch.float32, linear)
     engine = plan.CpuPlan("float32", kernels, ()).build(small()).engine
@@ -227,20 +227,21 @@ class TestOnePackage:
 @needs_onednn
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", plan._BYTES_PANELS])
-def test_int8_in_one_graph(kernels, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["int8", plan._BYTES_PANELS, plan._HALF_PANELS])
+def test_other_dtypes_in_one_graph(kernels, tmp_path, monkeypatch, name):
     if plan._obstacle(name):
         pytest.skip(plan._obstacle(name))
+    dtype = plan._dtype_of(name)
     monkeypatch.setenv("MINIBERT_CACHE", str(tmp_path))
     monkeypatch.delenv("MINIBERT_COMPILE", raising=False)
     speeds = plan.Speeds({"plain": 1.0, "float32": 2.0, name: 4.0}, {})
     monkeypatch.setattr(plan, "measure", lambda names, D, F, attempt=0: speeds)
     model = small(hidden_size=96)
-    fast, eager = optimize(model, "int8", compile=True), optimize(model, "int8", compile=False)
+    fast, eager = optimize(model, dtype, compile=True), optimize(model, dtype, compile=False)
     assert fast.engine.compiled, fast.explain()
-    assert fast.plan.kernels.linear is plan._INT8[name]
+    assert fast.plan.kernels.linear is plan._FLOAT32[name]
     monkeypatch.setattr(compiled, "_compile", lambda *args: pytest.fail("compiled again"))
-    assert optimize(model, "int8", compile=True).plan == fast.plan
+    assert optimize(model, dtype, compile=True).plan == fast.plan
     for rows in ([[5, 6, 7]], [[9] * 32, [8] * 3], [[7] * 32] * 20):
         with torch.no_grad():
             exact = torch.cat([model(torch.tensor([row])).last_hidden_state[0] for row in rows])

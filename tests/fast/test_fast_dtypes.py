@@ -9,7 +9,7 @@ from minibert.activations import Activation
 from minibert.fast import onednn, plan
 from minibert.fast.encoder import GELUS
 from minibert.fast.onednn import PlainLinear, PrepackedLinear, UnfusedLinear
-from minibert.fast.panels import PanelInt8AfterGelu, PanelInt8Linear
+from minibert.fast.panels import PanelBfloat16Linear, PanelInt8AfterGelu, PanelInt8Linear
 from minibert.fast.quantize import (
     Bfloat16Linear,
     FbgemmInt8AfterGelu,
@@ -63,7 +63,7 @@ def test_linear_layers(rows, inputs, outputs):
     exact = x.double() @ weight.double().T + bias
     allowed = {
         **dict.fromkeys((PlainLinear, PrepackedLinear, UnfusedLinear), 1e-6),
-        Bfloat16Linear: 0.01,
+        **dict.fromkeys((Bfloat16Linear, PanelBfloat16Linear), 0.01),
         **dict.fromkeys((Int8Linear, FbgemmInt8Linear, PanelInt8Linear), 0.02),
     }
     for name, linear in (("bfloat16", Bfloat16Linear), (plan._FBGEMM, FbgemmInt8Linear)):
@@ -219,7 +219,7 @@ def test_half_models_of_int8_and_float32(always_fast):
 def test_slow_dtypes_are_refused_with_the_reason(monkeypatch):
     slow = plan.Speeds({"plain": 100.0, "float32": 200.0, "bfloat16": 20.0}, {"int8": "emulated, 90 times slower"})
     monkeypatch.setattr(plan, "measure", lambda names, D, F, attempt=0: slow)
-    with pytest.raises(ValueError, match="20 GFLOP/s, float32 has 200"):
+    with pytest.raises(ValueError, match="20 GFLOP/s, float32 has 200.*use compile=True, 'auto' or 'float32'"):
         optimize(make(), "bfloat16")
     with pytest.raises(ValueError, match="emulated, 90 times slower"):
         optimize(make(), torch.int8)

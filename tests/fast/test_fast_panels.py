@@ -16,7 +16,7 @@ from test_fast import close, make, text
 from minibert import BertForMaskedLM, optimize
 from minibert.activations import Activation
 from minibert.fast import compiler, panels, plan
-from minibert.fast.panels import PanelInt8AfterGelu, PanelInt8Linear, PanelLinear
+from minibert.fast.panels import PanelBfloat16Linear, PanelInt8AfterGelu, PanelInt8Linear, PanelLinear
 from minibert.fast.quantize import weight_levels
 
 ROWS = (0, 1, 2, 5, 6, 7, 12, 13, 16, 31, 97, 200)
@@ -26,12 +26,13 @@ SIZES = ((1, 1), (3, 16), (48, 15), (48, 17), (384, 64), (385, 33), (312, 936), 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
+@pytest.mark.parametrize("kind", [PanelLinear, PanelBfloat16Linear])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_whole_numbers_come_out_exactly(inputs, outputs):
+def test_whole_numbers_come_out_exactly(inputs, outputs, kind):
     """Sums that float32 holds whatever their order: one weight out of place would show."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = (torch.randint(-9, 10, size, generator=generator) for size in ((outputs, inputs), (outputs,)))
-    layer = PanelLinear(weight.float(), bias.float())
+    layer = kind(weight.float(), bias.float())
     for rows in ROWS:
         x, residual = (torch.randint(-9, 10, (rows, n), generator=generator) for n in (inputs, outputs))
         expected = x @ weight.T + bias
@@ -53,26 +54,27 @@ def test_bytes_come_out_exactly(inputs, outputs, kind):
         assert torch.equal(layer.multiply_bytes(x.to(torch.uint8)).long(), expected)
 
 
+@pytest.mark.parametrize("kind", [PanelLinear, PanelBfloat16Linear])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_rounding_is_that_of_a_product(inputs, outputs):
-    """At most twice as far from float64 as torch's own product."""
+def test_rounding_is_that_of_a_product(inputs, outputs, kind):
+    """At most twice as far from float64 as torch's own product, on weights as they are kept."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
-    x = torch.randn(64, inputs, generator=generator)
+    x, weight = torch.randn(64, inputs, generator=generator), weight.to(kind.weights).float()
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
 
     def error(y: torch.Tensor) -> float:
         return float((y - exact).square().mean().sqrt())
 
     least = float(exact.square().mean().sqrt()) * torch.finfo(torch.float32).eps
-    assert error(PanelLinear(weight, bias)(x)) <= 2 * max(error(torch.nn.functional.linear(x, weight, bias)), least)
+    assert error(kind(weight, bias)(x)) <= 2 * max(error(torch.nn.functional.linear(x, weight, bias)), least)
 
 
 def test_a_row_is_the_same_in_any_company_and_on_any_number_of_threads():
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     weight, bias = torch.randn(312, 1200, generator=generator), torch.randn(312, generator=generator)
     x = torch.randn(211, 1200, generator=generator)
-    for kind in (PanelLinear, PanelInt8Linear):
+    for kind in (PanelLinear, PanelBfloat16Linear, PanelInt8Linear):
         layer = kind(weight, bias)
         whole = layer(x)
         try:
@@ -110,9 +112,21 @@ def test_what_does_not_fit_is_refused(x):
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "mish"])
-def test_an_activation_after_it(name):
-    weight, x = torch.eye(20)[:7], torch.linspace(-4, 4, 60).view(3, 20)
-    close(PanelLinear(weight, torch.ones(7), Activation(name))(x), Activation(name)(x[:, :7] + 1))
+@pytest.mark.parametrize("kind", [PanelLinear, PanelBfloat16Linear, PanelInt8Linear, PanelInt8AfterGelu])
+def test_an_activation_after_it(name, kind):
+    """The same as one of its own after the product."""
+    weight, x, bias = torch.eye(20)[:17], torch.linspace(-0.1, 4, 60).view(3, 20), torch.linspace(-3, 3, 17)
+    close(kind(weight, bias, Activation(name))(x), Activation(name)(kind(weight, bias)(x)))
+
+
+@pytest.mark.parametrize(("start", "end"), [(-1e-3, 1e-3), (-1, 1), (-8, -4), (-4, 0), (0, 8), (-100, 100)])
+def test_gelu_is_as_exact_as_torch_s(start, end):
+    x = torch.linspace(start, end, 160_000).view(-1, 16)
+    y = PanelLinear(torch.eye(16), torch.zeros(16), Activation("gelu"))(x)
+    exact, torchs = (torch.nn.functional.gelu(each) for each in (x.double(), x))
+    error, allowed = ((each - exact).square().mean().sqrt() for each in (y, torchs))
+    assert error <= 2 * allowed
+    assert PanelLinear(torch.eye(16), torch.full((16,), torch.nan), Activation("gelu"))(x).isnan().all()
 
 
 def attention(query, key, value, lengths, heads):
@@ -216,6 +230,18 @@ def test_it_is_taken_where_it_is_faster_on_the_whole(ratios, expected):
     assert plan._kernels("float32", speeds, True).linear is PanelLinear
 
 
+def test_half_the_weights_where_that_is_faster():
+    """Where this CPU has products in bfloat16 of its own, a race decides; else there is nothing else."""
+    measured = {"plain": 1.0, "float32": 2.0, plan._HALF_PANELS: 2.0}
+    kernels = plan._kernels("bfloat16", plan.Speeds(measured, {"bfloat16": "no kernels"}), True)
+    assert kernels == plan._all(torch.float32, PanelBfloat16Linear)
+    for ratios, expected in (({16: 1.5, 1024: 0.5}, plan.PrepackedLinear), ({16: 1.5, 1024: 0.9}, PanelBfloat16Linear)):
+        speeds = plan.Speeds(measured | {"bfloat16": 4.0}, {}, against={plan._HALF_PANELS: ratios})
+        assert plan._kernels("bfloat16", speeds, True).linear is expected
+    half, full = PanelBfloat16Linear(torch.ones(32, 8), torch.ones(32)), PanelLinear(torch.ones(32, 8), torch.ones(32))
+    assert full.nbytes == 2 * half.nbytes == full.weight.nbytes == 2 * half.weight.nbytes
+
+
 def test_it_is_measured_and_must_be_right(monkeypatch):
     speeds = plan.measure([plan._PANELS], 384, 1536, attempt=98)
     assert speeds.measured[plan._PANELS] > 0
@@ -231,6 +257,7 @@ def test_a_plan_from_where_there_is_a_kernel(monkeypatch):
     model = make()
     for kernels, dtype, other in (
         (plan._all(torch.float32, PanelLinear), "float32", plan.UnfusedLinear),
+        (plan._all(torch.float32, PanelBfloat16Linear), "bfloat16", plan.UnfusedLinear),
         (plan._int8(PanelInt8Linear, PanelLinear), "int8", plan.Int8Linear),
     ):
         fast = plan.CpuPlan(dtype, kernels, ()).build(model)
@@ -241,7 +268,7 @@ def test_a_plan_from_where_there_is_a_kernel(monkeypatch):
             opened = pickle.loads(content)
         assert type(opened.engine.layers[0].up) is other
         kinds = {type(linear) for linear in opened.engine.linears}
-        assert not kinds & {PanelLinear, PanelInt8Linear, PanelInt8AfterGelu}
+        assert not kinds & plan._WITHOUT_PANELS.keys()
         with torch.no_grad():
             expected = model(text()).last_hidden_state
         close(opened(text()).last_hidden_state, expected, atol=1e-5 if dtype == "float32" else 0.2)
