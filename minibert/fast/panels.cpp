@@ -73,7 +73,8 @@ Pair load_weights(const at::BFloat16* from) {
 
 // y (R, WIDTH) = before (R, WIDTH) + x (R, inputs) times some inputs of a panel, (inputs, WIDTH). Strides are from row to
 // row, 0 for the same row again. With each input, memory is asked for `step` numbers more of `next`, into the second
-// cache: the weights that come next, in as many parts as tiles go through the same panel.
+// cache: the weights that come next, in as many parts as tiles go through the same panel. Four inputs a turn: what counts
+// and points costs less, which is felt where another thread shares the core.
 template <typename Weight, int64_t R>
 void tile(const float* x, int64_t x_stride, const Weight* panel, int64_t inputs, const float* before,
           int64_t before_stride, float* y, int64_t y_stride, const Weight* next, int64_t step) {
@@ -175,6 +176,7 @@ struct Product {
     float whole[ROWS * WIDTH];  // the last panel may be wider than what is left of y
     float* place = fits ? to : whole;
     const int64_t stride = fits ? outputs : WIDTH;
+    if (!fits) std::fill_n(whole, rows * WIDTH, 0.0f);
     for (int64_t r = 0; !fits && start && r < rows; r++) std::copy_n(to + r * outputs, width, whole + r * WIDTH);
     TILES<Weight>[rows - 1](from, inputs, weights, end - start, start ? place : biases, start ? stride : 0, place,
                             stride, next, step);

@@ -135,7 +135,14 @@ def record() -> None:
 
     @torch.library.register_fake("minibert_panels::linear_of_bytes")
     def _(
-        x: Tensor, steps: Tensor, panels: Tensor, offsets: Tensor, scales: Tensor, bias: Tensor, outputs: int, gelu: bool
+        x: Tensor,
+        steps: Tensor,
+        panels: Tensor,
+        offsets: Tensor,
+        scales: Tensor,
+        bias: Tensor,
+        outputs: int,
+        gelu: bool,
     ) -> Tensor:
         return scales.new_empty(x.shape[0], outputs)
 

@@ -74,7 +74,9 @@ def empty_cache(tmp_path, monkeypatch):
 
 @needs_onednn
 @needs_compiler
-@pytest.mark.parametrize("linear", [plan.PrepackedLinear, plan.UnfusedLinear, plan.PanelLinear, plan.PanelBfloat16Linear])
+@pytest.mark.parametrize(
+    "linear", [plan.PrepackedLinear, plan.UnfusedLinear, plan.PanelLinear, plan.PanelBfloat16Linear]
+)
 def test_what_is_compiled_computes_what_the_engine_does(linear, kernels):
     kernels = plan._all(torch.float32, linear)
     engine = plan.CpuPlan("float32", kernels, ()).build(small()).engine
