@@ -68,7 +68,7 @@ def plot(rows: list[Row], file: Path) -> None:
         own = sorted((row for row in rows if row["work"] == work), key=lambda row: -float(row["median_ms"]))
         colours = ["tab:orange" if row["contender"].startswith("minibert") else "tab:gray" for row in own]
         bars = axis.barh([row["contender"] for row in own], [float(row["median_ms"]) for row in own], color=colours)
-        axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        axis.bar_label(bars, fmt="%.4g", padding=2, fontsize=7)
         axis.margins(x=0.25)
         axis.tick_params(labelsize=7)
         axis.set_title(f"{work}, ms", fontsize=9)

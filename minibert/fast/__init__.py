@@ -24,7 +24,8 @@ def optimize(
     """An inference-only module with the call and the outputs of `model`, as fast as this machine allows.
 
     dtype: what matrix products are computed in. None, the model's own dtype: outputs differ by rounding only.
-    "bfloat16" and "int8" are faster and less exact; "auto" is bfloat16 where this CPU is fast at it, else float32.
+    "bfloat16" and "int8" are faster and less exact; "auto" is bfloat16 where this CPU is fast at it, else float32. On a
+    CPU that has no products in bfloat16 it takes compile=True: weights are kept in it, the rest is float32.
     Outputs always come in the model's own dtype.
 
     compile: True makes all layers one compiled graph on a CPU, some tenths faster, most so for short texts: that takes
