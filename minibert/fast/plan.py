@@ -304,7 +304,9 @@ def cpu_plan(model: BertPreTrainedModel, dtype: str | None, compile: bool | None
         wanted, why = "bfloat16" if speeds.gains("bfloat16") else "float32", "the fastest of these"
     elif speeds.of(wanted) * _LOSS < speeds.float32 and wanted != "float32":
         reason = speeds.obstacles.get(wanted, f"{speeds.of(wanted):.0f} GFLOP/s, float32 has {speeds.float32:.0f}")
-        instead = "compile=True, 'auto' or 'float32'" if wanted == "bfloat16" and not compile else "'auto' or 'float32'"
+        reason += f"; our own kernels: {without_panels}" if without_panels else ""
+        compiled_once = "compile=True (minibert optimize MODEL --dtype bfloat16), "
+        instead = (compiled_once if wanted == "bfloat16" and not compile else "") + "'auto' or 'float32'"
         raise ValueError(f"dtype={wanted!r}: this CPU is slow at it ({reason}); use {instead}")
     kernels = _kernels(wanted, speeds, bool(compile) and not without_panels)
     if kernels.careful is not kernels.linear:

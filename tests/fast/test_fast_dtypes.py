@@ -219,8 +219,11 @@ def test_half_models_of_int8_and_float32(always_fast):
 def test_slow_dtypes_are_refused_with_the_reason(monkeypatch):
     slow = plan.Speeds({"plain": 100.0, "float32": 200.0, "bfloat16": 20.0}, {"int8": "emulated, 90 times slower"})
     monkeypatch.setattr(plan, "measure", lambda names, D, F, attempt=0: slow)
-    with pytest.raises(ValueError, match="20 GFLOP/s, float32 has 200.*use compile=True, 'auto' or 'float32'"):
+    with pytest.raises(ValueError, match=r"20 GFLOP/s, float32 has 200.*use compile=True .*, 'auto' or"):
         optimize(make(), "bfloat16")
+    monkeypatch.setattr(plan.panels, "make", lambda: "there is no C++ compiler")
+    with pytest.raises(ValueError, match="has 200; our own kernels: there is no C\\+\\+ compiler\\); use 'auto' or"):
+        optimize(make(), "bfloat16", compile=True)
     with pytest.raises(ValueError, match="emulated, 90 times slower"):
         optimize(make(), torch.int8)
     assert optimize(make(), "auto").plan.dtype == "float32"
