@@ -24,7 +24,7 @@ from minibert.fast.panels import (
     is_gelu,
     laid_out,
 )
-from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear
+from minibert.fast.quantize import Bfloat16Linear, Int8AfterGelu, Int8Linear, byte_range
 from minibert.model import BertModel
 
 _FLOATS = (PrepackedLinear, UnfusedLinear, PanelLinear, PanelBfloat16Linear, Bfloat16Linear)
@@ -156,6 +156,7 @@ class BytesProduct(Product):
         super().__init__(kind, inputs, outputs, torch.float32, activation)
         self.register_buffer("scale", torch.empty(outputs))
         self.register_buffer("smoothing", None)
+        self.steps = self.kind.steps(byte_range(self.kind)[1])
         self.register_weights(inputs, outputs)
 
     def register_weights(self, inputs: int, outputs: int) -> None:
@@ -163,14 +164,14 @@ class BytesProduct(Product):
         self.register_buffer("zero_points", torch.empty(outputs, dtype=torch.int32))
         # Handed in too: what is a number in the graph would be a constant that no package holds
         self.register_buffer("unit", torch.tensor(1.0))
-        self.register_buffer("centre", torch.tensor(self.kind.centre, dtype=torch.int32))
+        self.register_buffer("centre", torch.tensor(self.steps.centre, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs) -> (N, outputs)."""
         x = x if self.smoothing is None else x * self.smoothing
         largest = x.amax(1, keepdim=True) if issubclass(self.kind, Int8AfterGelu) else x.abs().amax(1, keepdim=True)
-        scale = (largest / self.kind.levels).clamp_min(self.kind.finest)  # (N, 1)
-        return self.multiply((torch.round(x * scale.reciprocal()) + self.kind.centre).to(torch.uint8), scale)
+        scale = (largest / self.steps.levels).clamp_min(self.steps.finest)  # (N, 1)
+        return self.multiply((torch.round(x * scale.reciprocal()) + self.steps.centre).to(torch.uint8), scale)
 
     def multiply(self, rounded: Tensor, steps: Tensor) -> Tensor:
         product = torch.ops.onednn.qlinear_pointwise.tensor(

@@ -493,7 +493,7 @@ def test_int8_by_the_library_that_is_left(owner, name, other, monkeypatch):
     def gone(*args, **kwargs):
         raise AttributeError(f"no {name}")
 
-    caches = (plan._measured, quantize.weight_levels, quantize._hear_deprecation)
+    caches = (plan._measured, quantize._exact_range, quantize._hear_deprecation)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(owner, name, gone)
@@ -512,28 +512,29 @@ def test_products_of_extreme_bytes_are_exact(name, kernels):
     """The CPUs that add two products in 16 bits get weights of 7 bits; a kernel that saturates is not offered."""
     if plan._obstacle(name):
         pytest.skip(plan._obstacle(name))
-    kind = plan._INT8[name]
-    levels = quantize.weight_levels(kind)
     weight = torch.full((64, 512), 3.0)
     weight[::2] = -3.0
-    layer = kind(weight, torch.zeros(64))
-    steps = torch.full((5, 512), 127.0)
-    exact = steps.long() @ (weight.sign().long() * levels).t()
-    got = layer.multiply(steps) / layer.scale
-    close(got, exact.float(), atol=0.5)
+    for kind in (plan._INT8[name], plan._AFTER_GELU[plan._INT8[name]]):
+        levels, largest = quantize.byte_range(kind)
+        layer = kind(weight, torch.zeros(64))
+        assert layer.centre + layer.levels == pytest.approx(largest, abs=0.01)
+        steps = torch.full((5, 512), float(largest - layer.centre))
+        exact = steps.long() @ (weight.sign().long() * levels).t()
+        got = layer.multiply(steps) / layer.scale[: len(weight)]
+        close(got, exact.float(), atol=0.5)
 
 
 def test_int8_that_saturates_is_refused(monkeypatch):
     def saturated(self, steps):
         return (steps @ torch.ones(256, 64)).clamp(-1000, 1000)
 
-    quantize.weight_levels.cache_clear()
+    quantize._exact_range.cache_clear()
     monkeypatch.setattr(quantize.Int8Linear, "multiply", saturated)
     try:
         assert quantize.weight_levels() == 0
         assert "saturate" in plan._obstacle("int8")
     finally:
-        quantize.weight_levels.cache_clear()
+        quantize._exact_range.cache_clear()
 
 
 def test_plain_kernels_share_the_parameters(monkeypatch):

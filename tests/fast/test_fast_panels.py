@@ -17,7 +17,7 @@ from minibert import BertForMaskedLM, optimize
 from minibert.activations import Activation
 from minibert.fast import compiler, panels, plan
 from minibert.fast.panels import PanelBfloat16Linear, PanelInt8AfterGelu, PanelInt8Linear, PanelLinear
-from minibert.fast.quantize import weight_levels
+from minibert.fast.quantize import byte_range
 
 ROWS = (0, 1, 2, 5, 6, 7, 12, 13, 16, 31, 97, 200)
 SIZES = ((1, 1), (3, 16), (48, 15), (48, 17), (384, 64), (385, 33), (312, 936), (1200, 312), (1536, 384))
@@ -45,11 +45,11 @@ def test_whole_numbers_come_out_exactly(inputs, outputs, kind):
 def test_bytes_come_out_exactly(inputs, outputs, kind):
     """The sums of bytes, whole numbers that float32 holds, are those of whole numbers."""
     generator = torch.Generator().manual_seed(0)
-    levels = weight_levels(kind)
+    levels, largest = byte_range(kind)
     weight = torch.randint(-levels, levels + 1, (outputs, inputs), generator=generator).clamp_(max=127).to(torch.int8)
-    layer = kind.of_levels(weight)
+    layer = kind.of_levels(weight, largest)
     for rows in ROWS:
-        x = torch.randint(0, 256, (rows, inputs), generator=generator)
+        x = torch.randint(0, largest + 1, (rows, inputs), generator=generator)
         expected = (x - layer.centre) @ weight.long().T
         assert torch.equal(layer.multiply_bytes(x.to(torch.uint8)).long(), expected)
 
