@@ -108,8 +108,6 @@ constexpr auto tiles(std::integer_sequence<int64_t, R...>) {
 template <typename Weight>
 constexpr auto TILES = tiles<Weight>(std::make_integer_sequence<int64_t, ROWS>());
 
-typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(float))));
-
 Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
 // e^x for x <= 0, and e^-80 below: 2^n e^r with n = round(x / log 2), which the exponent's bits say, and e^r for
@@ -120,7 +118,7 @@ Vector exp_of_negative(Vector x) {
   const Vector sum = x * LOG2E + LARGE, n = sum - LARGE, r = (x - n * LOG2) - n * REST;
   Vector series = r * (1.0f / 5040) + 1.0f / 720;
   for (const float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
-  return series * reinterpret_cast<Vector>((reinterpret_cast<Integers>(sum) + 127) << 23);
+  return series * reinterpret_cast<Vector>((reinterpret_cast<Bits>(sum) + 127) << 23);
 }
 
 // x Phi(x) = max(x, 0) - |x| (1 - Phi(|x|)). Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", 7.1.26:
